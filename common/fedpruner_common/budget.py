@@ -1,0 +1,98 @@
+"""The byte model: what a submodel costs to train, and what of it fits a budget.
+
+    peak = floor + weights + 12 P + activations          P = LoRA parameters, float32
+
+12 P is the adapter and AdamW's two moments; the gradients (4 P more) exist only while activations
+are already going, so the optimizer step, 16 P without activations, is a second candidate for the
+peak. Activations with everything saved: the saved bytes of every component plus the larger of the
+loss's buffers and one component's temporaries. With gradient checkpointing: one input per kept
+layer, and the larger of the loss's buffers and one whole layer recomputed.
+
+On 17 configurations this was within 3.4 % of the measured peak RSS (mean 1.6 %), provided that the
+training process sets a low mmap threshold; see `malloc.py`.
+
+Source: METHOD.md 2.3 and ENGINEERING.md A4 of the project's notes; saved bytes are counted exactly
+by a forward pass on the meta device (server `describe`).
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from fedpruner_common.components import ComponentId
+
+_ADAM_BYTES = 12  # per LoRA parameter: value 4, first and second moment 8
+_GRADIENT_BYTES = 4
+
+
+@dataclass(frozen=True)
+class MemoryProfile:
+    """Bytes of a model's parts for one training shape (dtype, batch, sequence, LoRA rank).
+
+    Attributes:
+        weight_bytes: component -> bytes of its base weights, as held in memory.
+        shared_weight_bytes: embeddings, final norm, head.
+        disk_ratio: stored bytes / held bytes; not 1 when the dtype changes on loading, and then the
+            stored tensors are in memory too while they are converted. 0 when nothing is converted.
+        lora_parameters: component -> LoRA parameters.
+        saved_bytes: component -> activations kept for its backward.
+        shared_saved_bytes: activations kept outside all components.
+        layer_input_bytes: one layer's input, what checkpointing keeps per layer.
+        temporary_bytes: component -> most its backward needs beside what was saved.
+        loss_bytes: logits and their gradients at the loss.
+        gradient_checkpointing: whether activations are recomputed layer by layer.
+    """
+
+    weight_bytes: Mapping[ComponentId, int]
+    shared_weight_bytes: int
+    disk_ratio: float
+    lora_parameters: Mapping[ComponentId, int]
+    saved_bytes: Mapping[ComponentId, int]
+    shared_saved_bytes: int
+    layer_input_bytes: int
+    temporary_bytes: Mapping[ComponentId, int]
+    loss_bytes: int
+    gradient_checkpointing: bool
+
+
+def activation_bytes(profile: MemoryProfile, components: Iterable[ComponentId]) -> int:
+    """Most bytes of activations alive at once in one forward and backward."""
+    kept = tuple(components)
+    saved = {c: profile.saved_bytes[c] for c in kept}
+    temporary = max((profile.temporary_bytes[c] for c in kept), default=0)
+    if not profile.gradient_checkpointing:
+        return profile.shared_saved_bytes + sum(saved.values()) + max(profile.loss_bytes, temporary)
+    layers = {c.layer for c in kept}
+    one_layer = max((sum(b for c, b in saved.items() if c.layer == i) for i in layers), default=0)
+    inputs = len(layers) * profile.layer_input_bytes
+    return profile.shared_saved_bytes + inputs + max(profile.loss_bytes, one_layer + temporary)
+
+
+def predicted_peak_bytes(
+    profile: MemoryProfile, components: Iterable[ComponentId], *, floor_bytes: int
+) -> int:
+    """Peak memory of the training process for a submodel.
+
+    Args:
+        profile: bytes of the model's parts.
+        components: what the submodel keeps.
+        floor_bytes: the process before any model, measured on the device.
+    """
+    kept = tuple(components)
+    weights = profile.shared_weight_bytes + sum(profile.weight_bytes[c] for c in kept)
+    lora = sum(profile.lora_parameters[c] for c in kept)
+    converting = round(weights * profile.disk_ratio)
+    training = _ADAM_BYTES * lora + activation_bytes(profile, kept)
+    stepping = (_ADAM_BYTES + _GRADIENT_BYTES) * lora
+    return floor_bytes + weights + max(converting, training, stepping)
+
+
+def largest_that_fits(cost: Callable[[int], int], sizes: range, budget_bytes: int) -> int | None:
+    """The largest size whose cost is within the budget, or None.
+
+    Args:
+        cost: size -> bytes, not decreasing.
+        sizes: candidates, ascending.
+        budget_bytes: what may be used.
+    """
+    fitting = [size for size in sizes if cost(size) <= budget_bytes]
+    return fitting[-1] if fitting else None

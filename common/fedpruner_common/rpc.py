@@ -1,0 +1,73 @@
+"""How both ends open the wire: channel and server options, credentials. Every number with its reason."""
+
+import os
+
+# A fork beside a live channel aborts the process when gRPC's fork handlers are on. Nothing here
+# forks: children are started with exec. Must be set before grpc is imported.
+os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
+
+from pathlib import Path
+
+import grpc
+
+from fedpruner_common.errors import ConfigError
+
+_COMMON_OPTIONS: list[tuple[str, int]] = [
+    # Chunks are 1 MiB; the default 4 MiB limit stays, it is what bounds a hostile message.
+    ("grpc.max_receive_message_length", 4 << 20),
+    # NAT tables forget idle flows after 30 to 300 s.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    # Without this one the timeout above does not bound a peer that hangs.
+    ("grpc.http2.ping_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+]
+CHANNEL_OPTIONS = [*_COMMON_OPTIONS, ("grpc.http2.max_pings_without_data", 0)]
+SERVER_OPTIONS = [
+    *_COMMON_OPTIONS,
+    # Below the agents' ping interval, or their pings are answered with GOAWAY. The option named
+    # min_recv_ping_interval is silently ignored.
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    # With port reuse, gRPC's default, a second coordinator would share the port silently.
+    ("grpc.so_reuseport", 0),
+]
+
+UNARY_TIMEOUT_S = 30.0
+# How long a pull is held open. A quiet wait costs nothing; below NAT and proxy idle limits.
+PULL_WAIT_S = 20
+HEARTBEAT_INTERVAL_S = 5
+# Missed heartbeats before a device counts as lost: six, so that a busy 2-core board survives.
+LEASE_S = 30.0
+# A stream with no message for this long is broken, however long the whole transfer takes.
+STREAM_IDLE_S = 60.0
+
+_LOOPBACK = ("127.", "localhost", "[::1]", "unix:")
+
+
+def is_loopback(address: str) -> bool:
+    """Whether an address can only be reached from this machine."""
+    return address.startswith(_LOOPBACK)
+
+
+def open_channel(
+    address: str, *, root_certificates: Path | None = None, insecure: bool = False
+) -> grpc.Channel:
+    """A channel to the coordinator, TLS unless `insecure`.
+
+    Raises:
+        ConfigError: neither certificates nor `insecure` for an address off this machine.
+    """
+    if insecure or (root_certificates is None and is_loopback(address)):
+        return grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+    if root_certificates is None:
+        raise ConfigError(
+            f"{address} is not this machine: give --root-certificates CA.pem for TLS, "
+            "or --insecure to send everything in the clear"
+        )
+    credentials = grpc.ssl_channel_credentials(root_certificates.read_bytes())
+    return grpc.secure_channel(address, credentials, options=CHANNEL_OPTIONS)
+
+
+def server_credentials(certfile: Path, keyfile: Path) -> grpc.ServerCredentials:
+    """TLS for the coordinator from PEM files."""
+    return grpc.ssl_server_credentials([(keyfile.read_bytes(), certfile.read_bytes())])

@@ -1,0 +1,1 @@
+"""The coordinator: holds the global model and adapter, plans, streams, aggregates, publishes."""
