@@ -5,7 +5,8 @@ layer keeps its own index, attention type and per-layer settings. Removing or re
 silently wrong on several architectures.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -106,3 +107,20 @@ def apply_stubs(
             layers[index] = SkippedLayer(anatomy[index].returns, index)
         else:
             stub_halves(layers[index], anatomy[index], dropped, index=index)
+
+
+@contextmanager
+def skipping(
+    model: nn.Module, anatomy: list[LayerAnatomy], skipped: Mapping[int, frozenset[Kind]]
+) -> Iterator[None]:
+    """The model without some halves for the length of a `with` block; its weights stay loaded."""
+    layers = decoder_layers(model)
+    saved = {index: (layers[index], dict(layers[index].named_children())) for index in skipped}
+    try:
+        apply_stubs(model, anatomy, skipped)
+        yield
+    finally:
+        for index, (layer, children) in saved.items():
+            for name, child in children.items():
+                setattr(layer, name, child)
+            layers[index] = layer

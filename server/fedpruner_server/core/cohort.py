@@ -1,0 +1,23 @@
+"""Who takes part in a round."""
+
+from collections.abc import Iterable
+
+import numpy as np
+
+
+def choose_cohort(
+    available: Iterable[str], num_clients: int, *, seed: int, round_number: int
+) -> tuple[str, ...]:
+    """A uniform draw of clients without replacement, sorted; all of them if there are no more.
+
+    Args:
+        available: clients that could take part, in any order.
+        num_clients: how many are wanted; 0 for everyone.
+        seed, round_number: what the draw depends on.
+    """
+    clients = sorted(available)
+    if num_clients <= 0 or num_clients >= len(clients):
+        return tuple(clients)
+    rng = np.random.default_rng([seed, round_number])
+    chosen = rng.choice(len(clients), size=num_clients, replace=False)
+    return tuple(clients[index] for index in sorted(chosen))

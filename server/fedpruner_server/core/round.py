@@ -1,0 +1,217 @@
+"""One round as a state machine: step(round, event) -> (round, effects).
+
+                CohortChosen            all in, or deadline with quorum
+    GATHERING ---------------> TRAINING ---------------------------> AGGREGATING
+                                  | can no longer reach quorum          | Aggregated
+                                  v                                     v
+                              ABANDONED                                DONE
+
+Pure: restarting the coordinator is replaying the journal's events through `step`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from enum import Enum
+from types import MappingProxyType
+
+from fedpruner_common.errors import StaleRound
+
+
+class Phase(str, Enum):
+    GATHERING = "gathering"
+    TRAINING = "training"
+    AGGREGATING = "aggregating"
+    DONE = "done"
+    ABANDONED = "abandoned"
+
+
+class Outcome(str, Enum):
+    """How a client's task stands."""
+
+    WORKING = "working"
+    STORED = "stored"
+    FAILED = "failed"
+    LOST = "lost"
+
+
+@dataclass(frozen=True)
+class TaskState:
+    task_id: str
+    outcome: Outcome = Outcome.WORKING
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Round:
+    """Attributes:
+    number: 1-based.
+    phase: where it stands.
+    quorum: fewest updates to aggregate.
+    deadline: when waiting ends, in the clock of `Tick`.
+    tasks: client -> its task.
+    explanation: one sentence for people, when there is something to explain.
+    """
+
+    number: int
+    phase: Phase = Phase.GATHERING
+    quorum: int = 1
+    deadline: float = float("inf")
+    tasks: Mapping[str, TaskState] = MappingProxyType({})
+    explanation: str = ""
+
+    def clients(self, outcome: Outcome) -> tuple[str, ...]:
+        """Clients whose task stands so, sorted."""
+        return tuple(sorted(c for c, task in self.tasks.items() if task.outcome is outcome))
+
+
+# Events
+
+
+@dataclass(frozen=True)
+class CohortChosen:
+    tasks: Mapping[str, str]  # client -> task id
+    quorum: int
+    deadline: float
+
+
+@dataclass(frozen=True)
+class UpdateStored:
+    """The client's update is durable."""
+
+    client_id: str
+
+
+@dataclass(frozen=True)
+class TaskFailed:
+    """The client said it cannot do its task."""
+
+    client_id: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class ClientLost:
+    """The client's lease is over."""
+
+    client_id: str
+
+
+@dataclass(frozen=True)
+class Tick:
+    now: float
+
+
+@dataclass(frozen=True)
+class Aggregated:
+    """The new global adapter is durable."""
+
+
+Event = CohortChosen | UpdateStored | TaskFailed | ClientLost | Tick | Aggregated
+
+
+# Effects
+
+
+@dataclass(frozen=True)
+class AssignTasks:
+    """Hand out the round's tasks."""
+
+
+@dataclass(frozen=True)
+class Aggregate:
+    """Combine these clients' updates, in this order."""
+
+    clients: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Publish:
+    """The new adapter is the global one."""
+
+
+@dataclass(frozen=True)
+class Abandon:
+    """The round ends without a new adapter."""
+
+    reason: str
+
+
+Effect = AssignTasks | Aggregate | Publish | Abandon
+
+
+def step(current: Round, event: Event) -> tuple[Round, tuple[Effect, ...]]:
+    """The round after an event, and what must be done about it.
+
+    An event that no longer matters (a late failure, a second update) changes nothing.
+    """
+    if isinstance(event, CohortChosen) and current.phase is Phase.GATHERING:
+        tasks = {client: TaskState(task_id) for client, task_id in event.tasks.items()}
+        started = replace(
+            current,
+            phase=Phase.TRAINING,
+            quorum=event.quorum,
+            deadline=event.deadline,
+            tasks=MappingProxyType(tasks),
+        )
+        return started, (AssignTasks(),)
+    if isinstance(event, Aggregated) and current.phase is Phase.AGGREGATING:
+        return replace(current, phase=Phase.DONE), (Publish(),)
+    if current.phase is not Phase.TRAINING:
+        return current, ()
+    if isinstance(event, UpdateStored):
+        return _settle(_mark(current, event.client_id, Outcome.STORED), timed_out=False)
+    if isinstance(event, TaskFailed):
+        failed = _mark(current, event.client_id, Outcome.FAILED, event.reason)
+        return _settle(failed, timed_out=False)
+    if isinstance(event, ClientLost):
+        reason = "no heartbeat"
+        return _settle(_mark(current, event.client_id, Outcome.LOST, reason), timed_out=False)
+    if isinstance(event, Tick):
+        return _settle(current, timed_out=event.now >= current.deadline)
+    return current, ()
+
+
+def _mark(current: Round, client_id: str, outcome: Outcome, reason: str = "") -> Round:
+    task = current.tasks.get(client_id)
+    # A lost client that comes back with its update in time is welcome; nothing else is undone.
+    open_to = {Outcome.WORKING, Outcome.LOST} if outcome is Outcome.STORED else {Outcome.WORKING}
+    if task is None or task.outcome not in open_to:
+        return current
+    tasks = {**current.tasks, client_id: replace(task, outcome=outcome, reason=reason)}
+    return replace(current, tasks=MappingProxyType(tasks))
+
+
+def _settle(current: Round, *, timed_out: bool) -> tuple[Round, tuple[Effect, ...]]:
+    """End the training phase when nothing more is to be waited for."""
+    stored, working = current.clients(Outcome.STORED), current.clients(Outcome.WORKING)
+    if working and not timed_out:
+        return current, ()
+    if len(stored) >= current.quorum:
+        return replace(current, phase=Phase.AGGREGATING), (Aggregate(stored),)
+    why = "the deadline passed" if working else "nobody is left to wait for"
+    troubles = [f"{c}: {t.reason}" for c, t in sorted(current.tasks.items()) if t.reason]
+    troubles += [f"{c}: still working" for c in working]
+    reason = f"{len(stored)} of {current.quorum} updates needed when {why}"
+    if troubles:
+        reason += f" ({'; '.join(troubles)})"
+    return replace(current, phase=Phase.ABANDONED, explanation=reason), (Abandon(reason),)
+
+
+def check_accepts(current: Round, *, client_id: str, task_id: str) -> bool:
+    """Whether an update still has to travel: True to send it, False if it is stored already.
+
+    Called on the header, before any tensor.
+
+    Raises:
+        StaleRound: the task is not this client's task of the current round, or too late.
+    """
+    task = current.tasks.get(client_id)
+    if task is None or task.task_id != task_id:
+        raise StaleRound(f"task {task_id[:80]!r} is not part of round {current.number}")
+    if task.outcome is Outcome.STORED:
+        return False
+    if current.phase is not Phase.TRAINING:
+        raise StaleRound(f"round {current.number} is {current.phase.value}: too late for an update")
+    if task.outcome is Outcome.FAILED:
+        raise StaleRound(f"task {task_id} was reported as failed")
+    return True

@@ -1,0 +1,65 @@
+"""Is this update acceptable?"""
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from fedpruner_common.errors import InvalidUpdate
+from fedpruner_common.task import UpdateMetrics
+from fedpruner_server.core.aggregation import Adapter
+
+# A safetensors file is its data plus a JSON header: names, shapes and offsets, padded.
+_HEADER_BYTES_PER_TENSOR = 512
+_MAX_EXAMPLES = 1 << 40
+
+
+def max_update_bytes(shapes: Mapping[str, tuple[int, int]]) -> int:
+    """The largest file in which an update with these tensors can arrive."""
+    data = 4 * sum(math.prod(shape) for shape in shapes.values())
+    return data + _HEADER_BYTES_PER_TENSOR * (len(shapes) + 1)
+
+
+def check_metrics(metrics: UpdateMetrics) -> None:
+    """Refuse metrics that would poison the averages.
+
+    Raises:
+        InvalidUpdate: which number is wrong.
+    """
+    if not 0 < metrics.num_examples <= _MAX_EXAMPLES:
+        raise InvalidUpdate(f"num_examples is {metrics.num_examples}, expected a positive count")
+    for name in ("train_loss_first", "train_loss_last", "train_s"):
+        if not math.isfinite(getattr(metrics, name)):
+            raise InvalidUpdate(f"{name} is {getattr(metrics, name)}, expected a finite number")
+
+
+def check_names(expected: Mapping[str, tuple[int, int]], found: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse an update that does not have exactly the tensors of its task.
+
+    Args:
+        expected: canonical name -> shape.
+        found: name -> shape in the update.
+
+    Raises:
+        InvalidUpdate: the first name that is unknown, missing or of another shape.
+    """
+    for name in sorted(found.keys() - expected.keys()):
+        raise InvalidUpdate(f"tensor {name[:200]!r} is not part of this task")
+    for name, shape in expected.items():
+        if name not in found:
+            raise InvalidUpdate(f"tensor {name} is missing")
+        if tuple(found[name]) != shape:
+            raise InvalidUpdate(f"tensor {name} has shape {list(found[name])}, expected {list(shape)}")
+
+
+def check_values(tensors: Adapter) -> None:
+    """Refuse values that are not float32 or not finite.
+
+    Raises:
+        InvalidUpdate: the first tensor at fault.
+    """
+    for name, values in tensors.items():
+        if values.dtype != np.float32:
+            raise InvalidUpdate(f"tensor {name} is {values.dtype}, expected float32")
+        if not np.isfinite(values).all():
+            raise InvalidUpdate(f"tensor {name} has values that are not finite")

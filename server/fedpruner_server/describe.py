@@ -1,0 +1,341 @@
+"""The facts of a base model that planning needs, found on the meta device: no weights are read."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.pytorch_utils import Conv1D
+
+from fedpruner_common.adapters import LoraTarget
+from fedpruner_common.budget import MemoryProfile
+from fedpruner_common.components import ComponentId, Kind, all_components
+from fedpruner_common.errors import ConfigError, ModelError
+from fedpruner_common.manifest import ITEM_BYTES, TensorInfo
+from fedpruner_common.modeling.anatomy import (
+    LayerAnatomy,
+    causal_lm_class,
+    decoder_layers,
+    find_anatomy,
+    meta_model,
+)
+from fedpruner_common.modeling.load import TORCH_DTYPES, pruned_class, read_config
+from fedpruner_common.modeling.stubs import apply_stubs
+from fedpruner_common.spec import ModelSpec
+from fedpruner_common.submodel import Submodel
+from fedpruner_server.config import LoraOptions, TrainingOptions
+
+_LOSS_BYTES_PER_LOGIT = 12  # log-softmax and two gradients in float32; the logits are gone by then
+
+
+def describe(
+    model_dir: Path,
+    tensors: dict[str, TensorInfo],
+    *,
+    lora: LoraOptions,
+    training: TrainingOptions,
+) -> ModelSpec:
+    """Everything planning needs to know of a model, for one training shape.
+
+    Args:
+        model_dir: Hugging Face directory.
+        tensors: what its checkpoint holds.
+        lora: rank and modules to adapt.
+        training: dtype, batch and sequence that training will use.
+
+    Raises:
+        ModelError: the model cannot be pruned; the message says why.
+        ConfigError: `target_modules` matches nothing.
+    """
+    config = read_config(model_dir)
+    anatomy = find_anatomy(config)
+    num_layers = len(anatomy)
+    shared = _needed_tensors(config, anatomy, Submodel.of(num_layers, ()), tensors)
+    needed = {
+        component: _needed_tensors(config, anatomy, Submodel.of(num_layers, [component]), tensors)
+        for component in all_components(num_layers)
+    }
+    component_tensors = {c: tuple(sorted(names - shared)) for c, names in needed.items()}
+    targets, fan_in_fan_out = _lora_targets(config, anatomy, lora)
+    memory = _memory_profile(
+        config, anatomy, tensors, shared, component_tensors, targets, lora, training
+    )
+    return ModelSpec(
+        num_layers=num_layers,
+        shared_tensors=tuple(sorted(shared)),
+        component_tensors=component_tensors,
+        lora_targets=targets,
+        fan_in_fan_out=fan_in_fan_out,
+        memory=memory,
+    )
+
+
+# Which tensors of the checkpoint does a submodel need? transformers is asked itself, by loading
+# stand-ins that note when they are read: names on disk may differ from names in the model.
+
+
+class _Recorder:
+    """Stands for a tensor on disk; what `from_pretrained` asks of a lazily loaded slice."""
+
+    def __init__(self, info: TensorInfo, log: set[str]) -> None:
+        self._info = info
+        self._log = log
+        self.shape = torch.Size(info.shape)
+        self.dtype = TORCH_DTYPES[info.dtype]
+
+    def get_shape(self) -> list[int]:
+        return list(self._info.shape)
+
+    def get_dtype(self) -> str:
+        return self._info.dtype
+
+    def is_floating_point(self) -> bool:
+        return self.dtype.is_floating_point
+
+    def __getitem__(self, _: Any) -> torch.Tensor:
+        self._log.add(self._info.name)
+        return torch.empty(self.shape, dtype=self.dtype, device="meta")
+
+
+def _needed_tensors(
+    config: PreTrainedConfig,
+    anatomy: list[LayerAnatomy],
+    submodel: Submodel,
+    tensors: dict[str, TensorInfo],
+) -> set[str]:
+    read: set[str] = set()
+    pruned = pruned_class(causal_lm_class(config), anatomy, submodel.skipped())
+    _, info = pruned.from_pretrained(
+        None,
+        config=config,
+        state_dict={name: _Recorder(tensor, read) for name, tensor in tensors.items()},
+        dtype=torch.float32,
+        device_map={"": "meta"},
+        output_loading_info=True,
+    )
+    if info["missing_keys"]:
+        names = ", ".join(sorted(info["missing_keys"])[:5])
+        raise ModelError(f"the checkpoint lacks tensors that its config asks for: {names}")
+    return read
+
+
+def _lora_targets(
+    config: PreTrainedConfig, anatomy: list[LayerAnatomy], lora: LoraOptions
+) -> tuple[dict[ComponentId, tuple[LoraTarget, ...]], bool]:
+    """The linear modules to adapt, by component, and whether they store (in, out)."""
+    model = meta_model(config)
+    layers = decoder_layers(model)
+    (stack_name,) = [name for name, module in model.named_modules() if module is layers]
+    targets: dict[ComponentId, tuple[LoraTarget, ...]] = {}
+    transposed = False
+    for index, layer in enumerate(layers):
+        for kind in Kind:
+            found = []
+            for name, module in _linear_modules(layer, anatomy[index], kind):
+                transposed = transposed or isinstance(module, Conv1D)
+                wanted = lora.target_modules == "all-linear" or (
+                    name.rpartition(".")[2] in lora.target_modules
+                )
+                if wanted:
+                    found.append(_lora_target(f"{stack_name}.{index}.{name}", module))
+            targets[ComponentId(index, kind)] = tuple(found)
+    if not any(targets.values()):
+        raise ConfigError(f"lora.target_modules = {lora.target_modules!r} matches no linear module")
+    return targets, transposed
+
+
+def _linear_modules(
+    layer: nn.Module, anatomy: LayerAnatomy, kind: Kind
+) -> Iterator[tuple[str, nn.Module]]:
+    for child in anatomy.halves[kind].core:
+        for name, module in getattr(layer, child).named_modules(prefix=child):
+            if isinstance(module, (nn.Linear, Conv1D)):
+                yield name, module
+
+
+def _lora_target(name: str, module: nn.Module) -> LoraTarget:
+    rows, columns = module.weight.shape  # type: ignore[misc, union-attr]
+    if isinstance(module, Conv1D):
+        return LoraTarget(name, in_features=int(rows), out_features=int(columns))
+    return LoraTarget(name, in_features=int(columns), out_features=int(rows))
+
+
+# Bytes
+
+
+def _memory_profile(
+    config: PreTrainedConfig,
+    anatomy: list[LayerAnatomy],
+    tensors: dict[str, TensorInfo],
+    shared: set[str],
+    component_tensors: dict[ComponentId, tuple[str, ...]],
+    targets: dict[ComponentId, tuple[LoraTarget, ...]],
+    lora: LoraOptions,
+    training: TrainingOptions,
+) -> MemoryProfile:
+    stored_dtypes = {tensors[name].dtype for name in shared}
+    held = {"float32": 4, "bfloat16": 2}.get(training.dtype)
+
+    def held_bytes(names: set[str] | tuple[str, ...]) -> int:
+        return sum(
+            tensors[n].num_bytes * held // ITEM_BYTES[tensors[n].dtype] if held else tensors[n].num_bytes
+            for n in names
+        )
+
+    stored = sum(tensors[n].num_bytes for n in shared)
+    converted = held is not None and stored != held_bytes(shared)
+    item_bytes = held or min(ITEM_BYTES[dtype] for dtype in stored_dtypes)
+    batch, seq_len = training.per_device_train_batch_size, training.max_seq_length
+    num_tokens = batch * seq_len
+    text_config = config.get_text_config(decoder=True)
+    saved_shared, saved = _saved_bytes(config, anatomy, targets, lora, training, item_bytes)
+    width = {
+        c: max((max(t.in_features, t.out_features) for t in items), default=0)
+        for c, items in targets.items()
+    }
+    return MemoryProfile(
+        weight_bytes={c: held_bytes(names) for c, names in component_tensors.items()},
+        shared_weight_bytes=held_bytes(shared),
+        disk_ratio=stored / held_bytes(shared) if converted else 0.0,
+        lora_parameters={c: sum(t.num_parameters(lora.r) for t in i) for c, i in targets.items()},
+        saved_bytes=saved,
+        shared_saved_bytes=saved_shared,
+        layer_input_bytes=num_tokens * text_config.hidden_size * item_bytes,
+        temporary_bytes={
+            c: num_tokens * (3 * w + 2 * text_config.hidden_size) * 4 for c, w in width.items()
+        },
+        loss_bytes=num_tokens * text_config.vocab_size * _LOSS_BYTES_PER_LOGIT,
+        gradient_checkpointing=training.gradient_checkpointing,
+    )
+
+
+class _SavedByAttention(torch.autograd.Function):
+    """Saves what the fused attention kernels save, and computes nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        output = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+        log_sum_exp = q.new_empty(q.shape[:3], dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, output, log_sum_exp)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *_: torch.Tensor) -> Any:
+        raise AssertionError("only counted, never run backwards")
+
+
+def _counting_attention(
+    module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any
+) -> tuple[torch.Tensor, None]:
+    groups = getattr(module, "num_key_value_groups", 1)
+    if groups > 1:  # as transformers does before calling the kernel
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    output: torch.Tensor = _SavedByAttention.apply(q, k, v)  # type: ignore[no-untyped-call]
+    return output, None
+
+
+def _saved_bytes(
+    config: PreTrainedConfig,
+    anatomy: list[LayerAnatomy],
+    targets: dict[ComponentId, tuple[LoraTarget, ...]],
+    lora: LoraOptions,
+    training: TrainingOptions,
+    item_bytes: int,
+) -> tuple[int, dict[ComponentId, int]]:
+    """Bytes saved for backward outside all components, and by each component.
+
+    A component's bytes are those of a model that has no other. Components of the same shapes cost
+    the same, so each kind of layer is measured once.
+    """
+    num_layers = len(anatomy)
+    full = meta_model(config)
+    known: dict[tuple[Any, ...], int] = {}
+    dtype = torch.bfloat16 if item_bytes == 2 else torch.float32
+
+    def measure(components: list[ComponentId]) -> int:
+        model = _adapted_meta_model(config, anatomy, components, targets, lora, dtype)
+        return _count_saved(model, training)
+
+    shared = measure([])
+    saved = {}
+    for component in all_components(num_layers):
+        layer = decoder_layers(full)[component.layer]
+        half = anatomy[component.layer].halves[component.kind]
+        shapes = [
+            (child, name, tuple(p.shape))
+            for child in (*half.core, *half.pre, *half.post)
+            for name, p in getattr(layer, child).named_parameters()
+        ]
+        key = (component.kind, type(layer).__name__, *shapes)
+        if key not in known:
+            known[key] = measure([component]) - shared
+        saved[component] = known[key]
+    return shared, saved
+
+
+def _adapted_meta_model(
+    config: PreTrainedConfig,
+    anatomy: list[LayerAnatomy],
+    components: list[ComponentId],
+    targets: dict[ComponentId, tuple[LoraTarget, ...]],
+    lora: LoraOptions,
+    dtype: torch.dtype,
+) -> PreTrainedModel:
+    """The submodel of some components on the meta device, with LoRA on what it has of targets."""
+    attention = "eager"
+    if causal_lm_class(config)._supports_sdpa:
+        ALL_ATTENTION_FUNCTIONS.register("fedpruner_counting", _counting_attention)
+        attention = "fedpruner_counting"
+    model = meta_model(config, attention=attention).to(dtype)
+    apply_stubs(model, anatomy, Submodel.of(len(anatomy), components).skipped())
+    modules = [target.module for component in components for target in targets[component]]
+    if modules:
+        lora_config = LoraConfig(
+            r=lora.r,
+            lora_alpha=lora.lora_alpha,
+            lora_dropout=lora.lora_dropout,
+            target_modules=modules,
+            task_type="CAUSAL_LM",
+        )
+        get_peft_model(model, lora_config)  # type: ignore[arg-type]
+    return model
+
+
+def _count_saved(model: PreTrainedModel, training: TrainingOptions) -> int:
+    """Bytes that a forward pass of the decoder keeps for its backward, each storage once."""
+    batch, seq_len = training.per_device_train_batch_size, training.max_seq_length
+    model.train()
+    own = {_storage_id(t) for t in (*model.parameters(), *model.buffers())}
+    seen: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if _storage_id(tensor) not in own:
+            seen[_storage_id(tensor)] = tensor.untyped_storage()
+        return tensor
+
+    decoder: Any = model.get_decoder()
+    # Below the first component nothing needs a gradient and nothing is saved, yet any component can
+    # come first: count as if its input needed one.
+    handle = decoder.get_input_embeddings().register_forward_hook(
+        lambda _module, _args, output: output.requires_grad_(True)
+    )
+    arguments: dict[str, Any] = {"use_cache": False}
+    if model.config._attn_implementation == "eager":
+        shape = (1, 1, seq_len, seq_len)
+        arguments["attention_mask"] = torch.zeros(shape, device="meta", dtype=model.dtype)
+    ids = torch.zeros(batch, seq_len, dtype=torch.long, device="meta")
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            decoder(input_ids=ids, **arguments)
+    finally:
+        handle.remove()
+    return sum(storage.nbytes() for storage in seen.values())
+
+
+def _storage_id(tensor: torch.Tensor) -> int:
+    """Identity of a tensor's storage; views of one storage share it."""
+    return tensor.untyped_storage()._cdata

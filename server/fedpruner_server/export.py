@@ -1,0 +1,68 @@
+"""The global adapter as things a user can take away."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.numpy import load_file, save_file
+
+from fedpruner_common.adapters import from_peft, to_peft
+from fedpruner_common.spec import ModelSpec
+from fedpruner_server.config import LoraOptions
+from fedpruner_server.core.aggregation import Adapter, Array
+
+ADAPTER_FILE = "adapter_model.safetensors"
+
+
+def write_adapter(adapter: Adapter, path: Path) -> None:
+    """Write adapter tensors in PEFT's spelling; the file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    tensors = {to_peft(name): values for name, values in adapter.items()}
+    save_file(tensors, temporary, metadata={"format": "pt"})
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_adapter(path: Path) -> dict[str, Array]:
+    """The adapter tensors in a file that `write_adapter` wrote, by canonical name."""
+    return {from_peft(key): values for key, values in load_file(path).items()}
+
+
+def export_peft(
+    adapter_path: Path, output_dir: Path, *, spec: ModelSpec, lora: LoraOptions, model: Path
+) -> None:
+    """A directory that plain `PeftModel.from_pretrained` loads on the full base model.
+
+    Module names are written out in full: a pattern that selects the right modules of a submodel
+    may select others in the full model.
+
+    Args:
+        adapter_path: the global adapter of a round.
+        output_dir: to write; replaced if it exists.
+        spec: of the model.
+        lora: settings of the run.
+        model: the base model's directory.
+    """
+    partial = output_dir.with_name(output_dir.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(model),
+        "inference_mode": True,
+        "r": lora.r,
+        "lora_alpha": lora.lora_alpha,
+        "lora_dropout": lora.lora_dropout,
+        "target_modules": [target.module for target in spec.targets(spec.full().components)],
+        "bias": "none",
+        "fan_in_fan_out": spec.fan_in_fan_out,
+    }
+    (partial / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    shutil.copyfile(adapter_path, partial / ADAPTER_FILE)
+    shutil.rmtree(output_dir, ignore_errors=True)
+    os.replace(partial, output_dir)
