@@ -17,6 +17,7 @@
         ├── ModelError         the base model cannot be used
         ├── DataError          the training or evaluation data cannot be used
         ├── StorageError       the state directory cannot be used
+        ├── RunFailed          rounds keep bringing nothing
         └── ChildDied          a child process ended without an answer
 """
 
@@ -109,6 +110,12 @@ class StorageError(FedPrunerError):
     """The state directory cannot be used."""
 
     code = "storage"
+
+
+class RunFailed(FedPrunerError):
+    """Round after round brought no update; the message has the last reason."""
+
+    code = "run_failed"
 
 
 class ChildDied(FedPrunerError):

@@ -6,28 +6,21 @@ does not depend on the size of the model. No torch.
 
 import json
 import os
-import struct
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from blake3 import blake3
 
 from fedpruner_common.chunks import CHUNK_BYTES, FileRange
 from fedpruner_common.errors import ModelError, NotFound
-from fedpruner_common.manifest import FileInfo, TensorInfo
+from fedpruner_common.manifest import FileInfo
+from fedpruner_server.tensorfile import LocatedTensor, read_header
 
 # What an agent needs beside the weights, as far as the model has it.
 _MODEL_FILES = (
     "config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja",
 )  # fmt: skip
-_MAX_HEADER_BYTES = 100 << 20  # as in the safetensors library
-
-
-@dataclass(frozen=True)
-class _Located:
-    info: TensorInfo
-    place: FileRange
 
 
 class BlockStore:
@@ -67,7 +60,7 @@ class BlockStore:
         return self._places[content_hash]
 
 
-def _locate_tensors(model_dir: Path) -> dict[str, _Located]:
+def _locate_tensors(model_dir: Path) -> dict[str, LocatedTensor]:
     """Every tensor of the checkpoint, not hashed yet."""
     shards = sorted(model_dir.glob("*.safetensors"))
     index_path = model_dir / "model.safetensors.index.json"
@@ -82,36 +75,10 @@ def _locate_tensors(model_dir: Path) -> dict[str, _Located]:
             model_dir.glob("*.bin")
         ) else ""
         raise ModelError(f"{model_dir} has no *.safetensors weights.{hint}")
-    return {name: tensor for shard in shards for name, tensor in _read_header(shard).items()}
+    return {name: tensor for shard in shards for name, tensor in read_header(shard).items()}
 
 
-def _read_header(shard: Path) -> dict[str, _Located]:
-    """The tensors of one safetensors file.
-
-    Format: 8 bytes little-endian header length, JSON header, data.
-    """
-    file_bytes = shard.stat().st_size
-    try:
-        with shard.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > min(_MAX_HEADER_BYTES, file_bytes):
-                raise ValueError(f"a header of {length} bytes")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        located = {}
-        for name, entry in header.items():
-            begin, end = entry["data_offsets"]
-            info = TensorInfo(name, entry["dtype"], tuple(entry["shape"]), end - begin, hash="")
-            located[name] = _Located(info, FileRange(shard, 8 + length + begin, end - begin))
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{shard} is not a usable safetensors file: {error}") from error
-    needed = max((t.place.start + t.place.num_bytes for t in located.values()), default=0)
-    if needed > file_bytes:
-        raise ModelError(f"{shard} is truncated: {file_bytes} bytes, its header promises {needed}")
-    return located
-
-
-def _hashed(located: dict[str, _Located], cache_path: Path) -> dict[str, _Located]:
+def _hashed(located: dict[str, LocatedTensor], cache_path: Path) -> dict[str, LocatedTensor]:
     """The same tensors with their hashes, from the cache where the shard has not changed."""
     shards = {tensor.place.path for tensor in located.values()}
     stamps = {str(p): [p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(shards)}

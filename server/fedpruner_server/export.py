@@ -9,6 +9,7 @@ from typing import Any
 from safetensors.numpy import load_file, save_file
 
 from fedpruner_common.adapters import from_peft, to_peft
+from fedpruner_common.errors import ConfigError
 from fedpruner_common.spec import ModelSpec
 from fedpruner_server.config import LoraOptions
 from fedpruner_server.core.aggregation import Adapter, Array
@@ -66,3 +67,25 @@ def export_peft(
     shutil.copyfile(adapter_path, partial / ADAPTER_FILE)
     shutil.rmtree(output_dir, ignore_errors=True)
     os.replace(partial, output_dir)
+
+
+def export_run(state_dir: Path, output_dir: Path, *, merged: bool, model: Path | None) -> None:
+    """Copy a run's newest exported adapter, or fold it into the base model.
+
+    Raises:
+        ConfigError: there is no run, no adapter yet, or the output is already there.
+        ModelError: the base model cannot be loaded.
+    """
+    candidates = [state_dir / "peft" / "final", state_dir / "peft" / "latest"]
+    adapter_dir = next((path for path in candidates if path.is_dir()), None)
+    if adapter_dir is None:
+        raise ConfigError(f"{state_dir} has no adapter: no round of a run has finished there")
+    if output_dir.exists() and any(output_dir.iterdir()):
+        raise ConfigError(f"{output_dir} is not empty; nothing was written")
+    if not merged:
+        shutil.copytree(adapter_dir, output_dir, dirs_exist_ok=True)
+        return
+    from fedpruner_server.merge import merge  # torch
+
+    config = json.loads((adapter_dir / "adapter_config.json").read_text())
+    merge(model or Path(config["base_model_name_or_path"]), adapter_dir, output_dir)

@@ -24,37 +24,45 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x66\x65\x64pruner_common/pb/admin.proto\x12\x0c\x66\x65\x64pruner.v1\"\x0f\n\rStatusRequest\"\xe0\x01\n\x0bStatusReply\x12\r\n\x05state\x18\x01 \x01(\t\x12\x13\n\x0b\x65xplanation\x18\x02 \x01(\t\x12\r\n\x05round\x18\x03 \x01(\r\x12\x12\n\nnum_rounds\x18\x04 \x01(\r\x12\r\n\x05model\x18\x05 \x01(\t\x12\x16\n\tloss_base\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\x11\n\x04loss\x18\x07 \x01(\x01H\x01\x88\x01\x01\x12\x13\n\x0b\x61\x64\x61pter_dir\x18\x08 \x01(\t\x12\x13\n\x0bnum_devices\x18\t \x01(\r\x12\x0f\n\x07run_dir\x18\n \x01(\tB\x0c\n\n_loss_baseB\x07\n\x05_loss\"\x10\n\x0e\x44\x65vicesRequest\"\xe1\x02\n\x06\x44\x65vice\x12\x11\n\tclient_id\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x10\n\x08\x61\x63tivity\x18\x03 \x01(\t\x12\x0c\n\x04step\x18\x04 \x01(\r\x12\x11\n\tnum_steps\x18\x05 \x01(\r\x12\x12\n\ntrain_loss\x18\x06 \x01(\x01\x12\x1b\n\x13memory_budget_bytes\x18\x07 \x01(\x04\x12\x13\n\x0b\x66loor_bytes\x18\x08 \x01(\x04\x12\x1c\n\x14predicted_peak_bytes\x18\t \x01(\x04\x12\x1b\n\x13measured_peak_bytes\x18\n \x01(\x04\x12\x12\n\ncomponents\x18\x0b \x03(\t\x12\x1c\n\x14num_components_total\x18\x0c \x01(\r\x12\x13\n\x0blast_seen_s\x18\r \x01(\x01\x12\x14\n\x0clast_failure\x18\x0e \x01(\t\x12\x12\n\nbytes_down\x18\x0f \x01(\x04\x12\x10\n\x08\x62ytes_up\x18\x10 \x01(\x04\"5\n\x0c\x44\x65vicesReply\x12%\n\x07\x64\x65vices\x18\x01 \x03(\x0b\x32\x14.fedpruner.v1.Device\"\x0f\n\rRoundsRequest\"\xa2\x02\n\x0b\x43lientRound\x12\x11\n\tclient_id\x18\x01 \x01(\t\x12\x0f\n\x07outcome\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x1c\n\x14predicted_peak_bytes\x18\x04 \x01(\x04\x12\x1b\n\x13measured_peak_bytes\x18\x05 \x01(\x04\x12\x16\n\x0enum_components\x18\x06 \x01(\r\x12\x14\n\x0cnum_examples\x18\x07 \x01(\x04\x12\x12\n\ntrain_loss\x18\x08 \x01(\x01\x12\x0f\n\x07train_s\x18\t \x01(\x01\x12\x12\n\nbytes_down\x18\n \x01(\x04\x12\x10\n\x08\x62ytes_up\x18\x0b \x01(\x04\x12\x12\n\ncomponents\x18\x0c \x03(\t\x12\x17\n\x0f\x62\x61se_bytes_down\x18\r \x01(\x04\"\x93\x01\n\x05Round\x12\r\n\x05round\x18\x01 \x01(\r\x12\r\n\x05phase\x18\x02 \x01(\t\x12\x11\n\x04loss\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\x12*\n\x07\x63lients\x18\x05 \x03(\x0b\x32\x19.fedpruner.v1.ClientRound\x12\x13\n\x0b\x65xplanation\x18\x06 \x01(\tB\x07\n\x05_loss\"2\n\x0bRoundsReply\x12#\n\x06rounds\x18\x01 \x03(\x0b\x32\x13.fedpruner.v1.Round\"?\n\x0bPlanRequest\x12\x1b\n\x13memory_budget_bytes\x18\x01 \x01(\x04\x12\x13\n\x0b\x66loor_bytes\x18\x02 \x01(\x04\"9\n\x07PlanRow\x12\x10\n\x08num_kept\x18\x01 \x01(\r\x12\x1c\n\x14predicted_peak_bytes\x18\x02 \x01(\x04\"\x80\x01\n\tPlanReply\x12\x12\n\ncomponents\x18\x01 \x03(\t\x12\x1c\n\x14predicted_peak_bytes\x18\x02 \x01(\x04\x12\x1c\n\x14num_components_total\x18\x03 \x01(\r\x12#\n\x04rows\x18\x04 \x03(\x0b\x32\x15.fedpruner.v1.PlanRow2\x8c\x02\n\x05\x41\x64min\x12@\n\x06Status\x12\x1b.fedpruner.v1.StatusRequest\x1a\x19.fedpruner.v1.StatusReply\x12\x43\n\x07\x44\x65vices\x12\x1c.fedpruner.v1.DevicesRequest\x1a\x1a.fedpruner.v1.DevicesReply\x12@\n\x06Rounds\x12\x1b.fedpruner.v1.RoundsRequest\x1a\x19.fedpruner.v1.RoundsReply\x12:\n\x04Plan\x12\x19.fedpruner.v1.PlanRequest\x1a\x17.fedpruner.v1.PlanReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x66\x65\x64pruner_common/pb/admin.proto\x12\x0c\x66\x65\x64pruner.v1\"\x0f\n\rStatusRequest\"\xd3\x02\n\x0bStatusReply\x12\r\n\x05state\x18\x01 \x01(\t\x12\x13\n\x0b\x65xplanation\x18\x02 \x01(\t\x12\r\n\x05round\x18\x03 \x01(\r\x12\x12\n\nnum_rounds\x18\x04 \x01(\r\x12\r\n\x05model\x18\x05 \x01(\t\x12\x16\n\tloss_base\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\x11\n\x04loss\x18\x07 \x01(\x01H\x01\x88\x01\x01\x12\x13\n\x0b\x61\x64\x61pter_dir\x18\x08 \x01(\t\x12\x13\n\x0bnum_devices\x18\t \x01(\r\x12\x0f\n\x07run_dir\x18\n \x01(\t\x12>\n\x0blosses_base\x18\x0b \x03(\x0b\x32).fedpruner.v1.StatusReply.LossesBaseEntry\x1a\x31\n\x0fLossesBaseEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0c\n\n_loss_baseB\x07\n\x05_loss\"\x10\n\x0e\x44\x65vicesRequest\"\xe1\x02\n\x06\x44\x65vice\x12\x11\n\tclient_id\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x10\n\x08\x61\x63tivity\x18\x03 \x01(\t\x12\x0c\n\x04step\x18\x04 \x01(\r\x12\x11\n\tnum_steps\x18\x05 \x01(\r\x12\x12\n\ntrain_loss\x18\x06 \x01(\x01\x12\x1b\n\x13memory_budget_bytes\x18\x07 \x01(\x04\x12\x13\n\x0b\x66loor_bytes\x18\x08 \x01(\x04\x12\x1c\n\x14predicted_peak_bytes\x18\t \x01(\x04\x12\x1b\n\x13measured_peak_bytes\x18\n \x01(\x04\x12\x12\n\ncomponents\x18\x0b \x03(\t\x12\x1c\n\x14num_components_total\x18\x0c \x01(\r\x12\x13\n\x0blast_seen_s\x18\r \x01(\x01\x12\x14\n\x0clast_failure\x18\x0e \x01(\t\x12\x12\n\nbytes_down\x18\x0f \x01(\x04\x12\x10\n\x08\x62ytes_up\x18\x10 \x01(\x04\"5\n\x0c\x44\x65vicesReply\x12%\n\x07\x64\x65vices\x18\x01 \x03(\x0b\x32\x14.fedpruner.v1.Device\"\x0f\n\rRoundsRequest\"\xa2\x02\n\x0b\x43lientRound\x12\x11\n\tclient_id\x18\x01 \x01(\t\x12\x0f\n\x07outcome\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x1c\n\x14predicted_peak_bytes\x18\x04 \x01(\x04\x12\x1b\n\x13measured_peak_bytes\x18\x05 \x01(\x04\x12\x16\n\x0enum_components\x18\x06 \x01(\r\x12\x14\n\x0cnum_examples\x18\x07 \x01(\x04\x12\x12\n\ntrain_loss\x18\x08 \x01(\x01\x12\x0f\n\x07train_s\x18\t \x01(\x01\x12\x12\n\nbytes_down\x18\n \x01(\x04\x12\x10\n\x08\x62ytes_up\x18\x0b \x01(\x04\x12\x12\n\ncomponents\x18\x0c \x03(\t\x12\x17\n\x0f\x62\x61se_bytes_down\x18\r \x01(\x04\"\xf3\x01\n\x05Round\x12\r\n\x05round\x18\x01 \x01(\r\x12\r\n\x05phase\x18\x02 \x01(\t\x12\x11\n\x04loss\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\x12*\n\x07\x63lients\x18\x05 \x03(\x0b\x32\x19.fedpruner.v1.ClientRound\x12\x13\n\x0b\x65xplanation\x18\x06 \x01(\t\x12/\n\x06losses\x18\x07 \x03(\x0b\x32\x1f.fedpruner.v1.Round.LossesEntry\x1a-\n\x0bLossesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x07\n\x05_loss\"2\n\x0bRoundsReply\x12#\n\x06rounds\x18\x01 \x03(\x0b\x32\x13.fedpruner.v1.Round\"?\n\x0bPlanRequest\x12\x1b\n\x13memory_budget_bytes\x18\x01 \x01(\x04\x12\x13\n\x0b\x66loor_bytes\x18\x02 \x01(\x04\"9\n\x07PlanRow\x12\x10\n\x08num_kept\x18\x01 \x01(\r\x12\x1c\n\x14predicted_peak_bytes\x18\x02 \x01(\x04\"\x90\x01\n\tPlanReply\x12\x12\n\ncomponents\x18\x01 \x03(\t\x12\x1c\n\x14predicted_peak_bytes\x18\x02 \x01(\x04\x12\x1c\n\x14num_components_total\x18\x03 \x01(\r\x12#\n\x04rows\x18\x04 \x03(\x0b\x32\x15.fedpruner.v1.PlanRow\x12\x0e\n\x06margin\x18\x05 \x01(\x01\x32\x8c\x02\n\x05\x41\x64min\x12@\n\x06Status\x12\x1b.fedpruner.v1.StatusRequest\x1a\x19.fedpruner.v1.StatusReply\x12\x43\n\x07\x44\x65vices\x12\x1c.fedpruner.v1.DevicesRequest\x1a\x1a.fedpruner.v1.DevicesReply\x12@\n\x06Rounds\x12\x1b.fedpruner.v1.RoundsRequest\x1a\x19.fedpruner.v1.RoundsReply\x12:\n\x04Plan\x12\x19.fedpruner.v1.PlanRequest\x1a\x17.fedpruner.v1.PlanReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'fedpruner_common.pb.admin_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_STATUSREPLY_LOSSESBASEENTRY']._loaded_options = None
+  _globals['_STATUSREPLY_LOSSESBASEENTRY']._serialized_options = b'8\001'
+  _globals['_ROUND_LOSSESENTRY']._loaded_options = None
+  _globals['_ROUND_LOSSESENTRY']._serialized_options = b'8\001'
   _globals['_STATUSREQUEST']._serialized_start=49
   _globals['_STATUSREQUEST']._serialized_end=64
   _globals['_STATUSREPLY']._serialized_start=67
-  _globals['_STATUSREPLY']._serialized_end=291
-  _globals['_DEVICESREQUEST']._serialized_start=293
-  _globals['_DEVICESREQUEST']._serialized_end=309
-  _globals['_DEVICE']._serialized_start=312
-  _globals['_DEVICE']._serialized_end=665
-  _globals['_DEVICESREPLY']._serialized_start=667
-  _globals['_DEVICESREPLY']._serialized_end=720
-  _globals['_ROUNDSREQUEST']._serialized_start=722
-  _globals['_ROUNDSREQUEST']._serialized_end=737
-  _globals['_CLIENTROUND']._serialized_start=740
-  _globals['_CLIENTROUND']._serialized_end=1030
-  _globals['_ROUND']._serialized_start=1033
-  _globals['_ROUND']._serialized_end=1180
-  _globals['_ROUNDSREPLY']._serialized_start=1182
-  _globals['_ROUNDSREPLY']._serialized_end=1232
-  _globals['_PLANREQUEST']._serialized_start=1234
-  _globals['_PLANREQUEST']._serialized_end=1297
-  _globals['_PLANROW']._serialized_start=1299
-  _globals['_PLANROW']._serialized_end=1356
-  _globals['_PLANREPLY']._serialized_start=1359
-  _globals['_PLANREPLY']._serialized_end=1487
-  _globals['_ADMIN']._serialized_start=1490
-  _globals['_ADMIN']._serialized_end=1758
+  _globals['_STATUSREPLY']._serialized_end=406
+  _globals['_STATUSREPLY_LOSSESBASEENTRY']._serialized_start=334
+  _globals['_STATUSREPLY_LOSSESBASEENTRY']._serialized_end=383
+  _globals['_DEVICESREQUEST']._serialized_start=408
+  _globals['_DEVICESREQUEST']._serialized_end=424
+  _globals['_DEVICE']._serialized_start=427
+  _globals['_DEVICE']._serialized_end=780
+  _globals['_DEVICESREPLY']._serialized_start=782
+  _globals['_DEVICESREPLY']._serialized_end=835
+  _globals['_ROUNDSREQUEST']._serialized_start=837
+  _globals['_ROUNDSREQUEST']._serialized_end=852
+  _globals['_CLIENTROUND']._serialized_start=855
+  _globals['_CLIENTROUND']._serialized_end=1145
+  _globals['_ROUND']._serialized_start=1148
+  _globals['_ROUND']._serialized_end=1391
+  _globals['_ROUND_LOSSESENTRY']._serialized_start=1337
+  _globals['_ROUND_LOSSESENTRY']._serialized_end=1382
+  _globals['_ROUNDSREPLY']._serialized_start=1393
+  _globals['_ROUNDSREPLY']._serialized_end=1443
+  _globals['_PLANREQUEST']._serialized_start=1445
+  _globals['_PLANREQUEST']._serialized_end=1508
+  _globals['_PLANROW']._serialized_start=1510
+  _globals['_PLANROW']._serialized_end=1567
+  _globals['_PLANREPLY']._serialized_start=1570
+  _globals['_PLANREPLY']._serialized_end=1714
+  _globals['_ADMIN']._serialized_start=1717
+  _globals['_ADMIN']._serialized_end=1985
 # @@protoc_insertion_point(module_scope)

@@ -11,7 +11,14 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatusReply(_message.Message):
-    __slots__ = ("state", "explanation", "round", "num_rounds", "model", "loss_base", "loss", "adapter_dir", "num_devices", "run_dir")
+    __slots__ = ("state", "explanation", "round", "num_rounds", "model", "loss_base", "loss", "adapter_dir", "num_devices", "run_dir", "losses_base")
+    class LossesBaseEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
     STATE_FIELD_NUMBER: _ClassVar[int]
     EXPLANATION_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
@@ -22,6 +29,7 @@ class StatusReply(_message.Message):
     ADAPTER_DIR_FIELD_NUMBER: _ClassVar[int]
     NUM_DEVICES_FIELD_NUMBER: _ClassVar[int]
     RUN_DIR_FIELD_NUMBER: _ClassVar[int]
+    LOSSES_BASE_FIELD_NUMBER: _ClassVar[int]
     state: str
     explanation: str
     round: int
@@ -32,7 +40,8 @@ class StatusReply(_message.Message):
     adapter_dir: str
     num_devices: int
     run_dir: str
-    def __init__(self, state: _Optional[str] = ..., explanation: _Optional[str] = ..., round: _Optional[int] = ..., num_rounds: _Optional[int] = ..., model: _Optional[str] = ..., loss_base: _Optional[float] = ..., loss: _Optional[float] = ..., adapter_dir: _Optional[str] = ..., num_devices: _Optional[int] = ..., run_dir: _Optional[str] = ...) -> None: ...
+    losses_base: _containers.ScalarMap[str, float]
+    def __init__(self, state: _Optional[str] = ..., explanation: _Optional[str] = ..., round: _Optional[int] = ..., num_rounds: _Optional[int] = ..., model: _Optional[str] = ..., loss_base: _Optional[float] = ..., loss: _Optional[float] = ..., adapter_dir: _Optional[str] = ..., num_devices: _Optional[int] = ..., run_dir: _Optional[str] = ..., losses_base: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class DevicesRequest(_message.Message):
     __slots__ = ()
@@ -115,20 +124,29 @@ class ClientRound(_message.Message):
     def __init__(self, client_id: _Optional[str] = ..., outcome: _Optional[str] = ..., reason: _Optional[str] = ..., predicted_peak_bytes: _Optional[int] = ..., measured_peak_bytes: _Optional[int] = ..., num_components: _Optional[int] = ..., num_examples: _Optional[int] = ..., train_loss: _Optional[float] = ..., train_s: _Optional[float] = ..., bytes_down: _Optional[int] = ..., bytes_up: _Optional[int] = ..., components: _Optional[_Iterable[str]] = ..., base_bytes_down: _Optional[int] = ...) -> None: ...
 
 class Round(_message.Message):
-    __slots__ = ("round", "phase", "loss", "seconds", "clients", "explanation")
+    __slots__ = ("round", "phase", "loss", "seconds", "clients", "explanation", "losses")
+    class LossesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
     ROUND_FIELD_NUMBER: _ClassVar[int]
     PHASE_FIELD_NUMBER: _ClassVar[int]
     LOSS_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
     CLIENTS_FIELD_NUMBER: _ClassVar[int]
     EXPLANATION_FIELD_NUMBER: _ClassVar[int]
+    LOSSES_FIELD_NUMBER: _ClassVar[int]
     round: int
     phase: str
     loss: float
     seconds: float
     clients: _containers.RepeatedCompositeFieldContainer[ClientRound]
     explanation: str
-    def __init__(self, round: _Optional[int] = ..., phase: _Optional[str] = ..., loss: _Optional[float] = ..., seconds: _Optional[float] = ..., clients: _Optional[_Iterable[_Union[ClientRound, _Mapping]]] = ..., explanation: _Optional[str] = ...) -> None: ...
+    losses: _containers.ScalarMap[str, float]
+    def __init__(self, round: _Optional[int] = ..., phase: _Optional[str] = ..., loss: _Optional[float] = ..., seconds: _Optional[float] = ..., clients: _Optional[_Iterable[_Union[ClientRound, _Mapping]]] = ..., explanation: _Optional[str] = ..., losses: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class RoundsReply(_message.Message):
     __slots__ = ("rounds",)
@@ -153,13 +171,15 @@ class PlanRow(_message.Message):
     def __init__(self, num_kept: _Optional[int] = ..., predicted_peak_bytes: _Optional[int] = ...) -> None: ...
 
 class PlanReply(_message.Message):
-    __slots__ = ("components", "predicted_peak_bytes", "num_components_total", "rows")
+    __slots__ = ("components", "predicted_peak_bytes", "num_components_total", "rows", "margin")
     COMPONENTS_FIELD_NUMBER: _ClassVar[int]
     PREDICTED_PEAK_BYTES_FIELD_NUMBER: _ClassVar[int]
     NUM_COMPONENTS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
+    MARGIN_FIELD_NUMBER: _ClassVar[int]
     components: _containers.RepeatedScalarFieldContainer[str]
     predicted_peak_bytes: int
     num_components_total: int
     rows: _containers.RepeatedCompositeFieldContainer[PlanRow]
-    def __init__(self, components: _Optional[_Iterable[str]] = ..., predicted_peak_bytes: _Optional[int] = ..., num_components_total: _Optional[int] = ..., rows: _Optional[_Iterable[_Union[PlanRow, _Mapping]]] = ...) -> None: ...
+    margin: float
+    def __init__(self, components: _Optional[_Iterable[str]] = ..., predicted_peak_bytes: _Optional[int] = ..., num_components_total: _Optional[int] = ..., rows: _Optional[_Iterable[_Union[PlanRow, _Mapping]]] = ..., margin: _Optional[float] = ...) -> None: ...

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from fedpruner_common.errors import InvalidUpdate
+from fedpruner_common.manifest import TensorInfo
 from fedpruner_common.task import UpdateMetrics
 from fedpruner_server.core.aggregation import Adapter
 
@@ -33,33 +34,36 @@ def check_metrics(metrics: UpdateMetrics) -> None:
             raise InvalidUpdate(f"{name} is {getattr(metrics, name)}, expected a finite number")
 
 
-def check_names(expected: Mapping[str, tuple[int, int]], found: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse an update that does not have exactly the tensors of its task.
+def check_tensors(
+    expected: Mapping[str, tuple[int, int]], found: Mapping[str, TensorInfo]
+) -> None:
+    """Refuse an update that does not have exactly the tensors of its task, in float32.
 
     Args:
         expected: canonical name -> shape.
-        found: name -> shape in the update.
+        found: canonical name -> what the update's header says of it.
 
     Raises:
-        InvalidUpdate: the first name that is unknown, missing or of another shape.
+        InvalidUpdate: the first name that is unknown, missing, or of another shape or dtype.
     """
     for name in sorted(found.keys() - expected.keys()):
         raise InvalidUpdate(f"tensor {name[:200]!r} is not part of this task")
     for name, shape in expected.items():
         if name not in found:
             raise InvalidUpdate(f"tensor {name} is missing")
-        if tuple(found[name]) != shape:
-            raise InvalidUpdate(f"tensor {name} has shape {list(found[name])}, expected {list(shape)}")
+        info = found[name]
+        if info.shape != shape:
+            raise InvalidUpdate(f"tensor {name} has shape {list(info.shape)}, expected {list(shape)}")
+        if info.dtype != "F32":
+            raise InvalidUpdate(f"tensor {name} is {info.dtype}, expected F32")
 
 
 def check_values(tensors: Adapter) -> None:
-    """Refuse values that are not float32 or not finite.
+    """Refuse values that are not finite.
 
     Raises:
         InvalidUpdate: the first tensor at fault.
     """
     for name, values in tensors.items():
-        if values.dtype != np.float32:
-            raise InvalidUpdate(f"tensor {name} is {values.dtype}, expected float32")
         if not np.isfinite(values).all():
             raise InvalidUpdate(f"tensor {name} has values that are not finite")

@@ -1,0 +1,129 @@
+"""Settings -> parts wired together, running until done or told to stop."""
+
+import asyncio
+import os
+import signal
+import time
+
+import grpc
+from grpc import aio
+
+from fedpruner_common.errors import ConfigError, FedPrunerError
+from fedpruner_common.log import get_logger
+from fedpruner_common.pb.admin_pb2_grpc import add_AdminServicer_to_server
+from fedpruner_common.pb.federation_pb2_grpc import add_FederationServicer_to_server
+from fedpruner_common.rpc import PULL_WAIT_S, SERVER_OPTIONS, is_loopback, server_credentials
+from fedpruner_server.admin import Admin
+from fedpruner_server.blockstore import BlockStore
+from fedpruner_server.config import ServerSettings
+from fedpruner_server.coordinator import Coordinator
+from fedpruner_server.interceptors import ErrorInterceptor
+from fedpruner_server.run import Run
+from fedpruner_server.servicer import Federation
+from fedpruner_server.storage import Storage
+
+_DRAIN_S = 5.0
+_FAREWELL_S = PULL_WAIT_S + 5.0
+
+_log = get_logger()
+
+
+async def serve(settings: ServerSettings) -> int:
+    """Run the coordinator; returns the exit code.
+
+    Raises:
+        FedPrunerError: it cannot start, or the run cannot go on.
+    """
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    storage = Storage(settings.state_dir)
+    try:
+        blocks = await asyncio.to_thread(
+            BlockStore, settings.model, hash_cache=settings.state_dir / "hashes.json"
+        )
+        coordinator = Coordinator(settings, storage, blocks)
+        server = aio.server(interceptors=[ErrorInterceptor()], options=SERVER_OPTIONS)
+        add_FederationServicer_to_server(Federation(coordinator), server)
+        add_AdminServicer_to_server(Admin(coordinator), server)
+        port = _listen(server, settings)
+        await server.start()
+        host = settings.listen.rpartition(":")[0]
+        # Whoever starts us waits for this line; everything else goes to stderr.
+        print(f"fedpruner-server listening on {host}:{port}", flush=True)
+        try:
+            return await _until_done(coordinator, stop, stay=settings.stay)
+        finally:
+            await server.stop(_DRAIN_S)
+    finally:
+        storage.close()
+
+
+def _listen(server: aio.Server, settings: ServerSettings) -> int:
+    """Bind the port; TLS, or in the clear where that is meant."""
+    try:
+        if settings.ssl_certfile and settings.ssl_keyfile:
+            credentials = server_credentials(settings.ssl_certfile, settings.ssl_keyfile)
+            port: int = server.add_secure_port(settings.listen, credentials)
+            return port
+        if not settings.insecure and not is_loopback(settings.listen):
+            raise ConfigError(
+                f"{settings.listen} can be reached from other machines: give --ssl-certfile and "
+                "--ssl-keyfile, or --insecure to talk in the clear"
+            )
+        if not is_loopback(settings.listen):
+            _log.warning("no TLS: everything on the wire can be read and changed", listen=settings.listen)
+        port = server.add_insecure_port(settings.listen)
+    except (RuntimeError, OSError) as error:
+        raise ConfigError(f"cannot listen on {settings.listen}: {error}") from error
+    if port == 0:
+        raise ConfigError(f"cannot listen on {settings.listen}: is the port in use?")
+    return port
+
+
+async def _until_done(coordinator: Coordinator, stop: asyncio.Event, *, stay: bool) -> int:
+    """Conduct the run; end early on a signal. A stopped run goes on at the next start."""
+    conducting = asyncio.create_task(Run(coordinator).conduct())
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait({conducting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    if not conducting.done():
+        _log.info("stopping; the run goes on when this server is started again")
+        conducting.cancel()
+        await asyncio.wait({conducting})
+        return 0
+    error = conducting.exception()
+    if isinstance(error, FedPrunerError):
+        coordinator.tell("failed", f"the run failed: {error}")
+    elif error is not None:
+        coordinator.tell("failed", "the run failed: internal error, see the coordinator's log")
+        _log.error("bug in the run", exc_info=error)
+    if stay:
+        await stopping
+    else:
+        stopping.cancel()
+        await _farewell(coordinator)
+    return 0 if error is None else 1
+
+
+async def _farewell(coordinator: Coordinator) -> None:
+    """Let every living agent hear that the run is over, for a bounded time."""
+    deadline = time.monotonic() + _FAREWELL_S
+    while time.monotonic() < deadline:
+        waiting = [
+            device
+            for device in coordinator.registry.devices.values()
+            if not device.told_finished
+            and not device.unfit
+            and coordinator.registry.state(device, now=time.monotonic()) != "lost"
+        ]
+        if not waiting:
+            return
+        await coordinator.changed(0.2)
+
+
+def main(settings: ServerSettings) -> int:
+    """Run the coordinator in a fresh event loop; returns the exit code."""
+    grpc.aio.init_grpc_aio()
+    os.umask(0o077)  # adapters and updates are nobody else's business
+    return asyncio.run(serve(settings))

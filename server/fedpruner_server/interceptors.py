@@ -1,0 +1,71 @@
+"""Around every RPC: errors become statuses, here and nowhere else."""
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+
+from fedpruner_common.errors import FedPrunerError
+from fedpruner_common.log import get_logger
+from fedpruner_common.status import CODE_KEY, status_of
+
+_log = get_logger()
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc, unused-ignore]
+    """Answers a FedPrunerError with its status and code, and a bug with a fixed text."""
+
+    async def intercept_service(
+        self, continuation: Callable[[Any], Awaitable[Any]], details: grpc.HandlerCallDetails
+    ) -> Any:
+        handler = await continuation(details)
+        if handler is None:
+            return None
+        if handler.response_streaming:
+            return _rebuilt(handler, _guard_stream(handler, details.method))
+        return _rebuilt(handler, _guard_unary(handler, details.method))
+
+
+def _rebuilt(handler: Any, behaviour: Callable[..., Any]) -> Any:
+    make = {
+        (False, False): grpc.unary_unary_rpc_method_handler,
+        (False, True): grpc.unary_stream_rpc_method_handler,
+        (True, False): grpc.stream_unary_rpc_method_handler,
+    }[handler.request_streaming, handler.response_streaming]
+    return make(behaviour, handler.request_deserializer, handler.response_serializer)
+
+
+def _guard_unary(handler: Any, method: str) -> Callable[..., Any]:
+    inner = handler.stream_unary if handler.request_streaming else handler.unary_unary
+
+    async def call(request: Any, context: Any) -> Any:
+        try:
+            return await inner(request, context)
+        except Exception as error:
+            await _abort(error, context, method)
+
+    return call
+
+
+def _guard_stream(handler: Any, method: str) -> Callable[..., Any]:
+    async def call(request: Any, context: Any) -> Any:
+        try:
+            async for message in handler.unary_stream(request, context):
+                yield message
+        except Exception as error:
+            await _abort(error, context, method)
+
+    return call
+
+
+async def _abort(error: Exception, context: Any, method: str) -> None:
+    if isinstance(error, grpc.aio.AbortError):
+        raise error
+    if isinstance(error, FedPrunerError):
+        _log.debug("refused", method=method, code=error.code, reason=str(error))
+        metadata = ((CODE_KEY, error.code),)
+        await context.abort(status_of(error), str(error), metadata)
+    _log.error("bug in an RPC method", method=method, exc_info=error)
+    await context.abort(
+        grpc.StatusCode.INTERNAL, "internal error; the coordinator's log has the details"
+    )
