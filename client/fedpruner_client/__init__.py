@@ -1,0 +1,1 @@
+"""The agent: measures its memory, fetches its own slice, trains it, uploads the adapter."""

@@ -94,6 +94,12 @@ class Child:
             process.wait()
         stdout.close()
 
+    def kill(self) -> None:
+        """End the child at once, from any thread; a call in progress raises ChildDied."""
+        process = self._process
+        if process is not None:
+            process.kill()
+
     def _start(self) -> "subprocess.Popen[str]":
         self.close()
         self._log_path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,5 @@
 """How both ends open the wire: channel and server options, credentials. Every number with its reason."""
 
-import os
-
-# A fork beside a live channel aborts the process when gRPC's fork handlers are on. Nothing here
-# forks: children are started with exec. Must be set before grpc is imported.
-os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
-
 from pathlib import Path
 
 import grpc

@@ -41,7 +41,7 @@ async def serve(settings: ServerSettings) -> int:
     storage = Storage(settings.state_dir)
     try:
         blocks = await asyncio.to_thread(
-            BlockStore, settings.model, hash_cache=settings.state_dir / "hashes.json"
+            BlockStore, settings.model.resolve(), hash_cache=settings.state_dir / "hashes.json"
         )
         coordinator = Coordinator(settings, storage, blocks)
         server = aio.server(interceptors=[ErrorInterceptor()], options=SERVER_OPTIONS)

@@ -300,6 +300,19 @@ class Coordinator:
             predicted_peak_bytes=record.predicted_peak_bytes,
         )
 
+    def still_wanted(self, device: Device, task_id: str) -> str:
+        """The task a device says it works on, or nothing if its work would be in vain."""
+        state = self.round.tasks.get(device.client_id) if self.round else None
+        wanted = (
+            self.round is not None
+            and self.round.phase is Phase.TRAINING
+            and state is not None
+            and state.task_id == task_id
+            and state.outcome in (Outcome.WORKING, Outcome.LOST)
+        )
+        device.task_id = task_id if wanted else ""
+        return device.task_id
+
     def client_record(self, device: Device, task_id: str) -> ClientRecord:
         """The record of the device's task in the current round.
 

@@ -47,9 +47,8 @@ class Federation(FederationServicer):
         device = self._c.device(request.client_id, request.session)
         device.activity = request.activity[:80]
         device.step, device.num_steps = request.step, request.num_steps
-        if request.step:
-            device.train_loss = request.train_loss
-        return pb.HeartbeatReply(task_id=device.task_id)
+        device.train_loss = request.train_loss or device.train_loss
+        return pb.HeartbeatReply(task_id=self._c.still_wanted(device, request.task_id))
 
     async def PullTask(self, request: pb.PullTaskRequest, _: Any) -> pb.PullTaskReply:
         device = self._c.device(request.client_id, request.session)

@@ -7,20 +7,18 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class RegisterRequest(_message.Message):
-    __slots__ = ("client_id", "memory_budget_bytes", "floor_bytes", "memory_kind", "agent_version", "num_examples")
+    __slots__ = ("client_id", "memory_budget_bytes", "floor_bytes", "memory_kind", "agent_version")
     CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
     MEMORY_BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
     FLOOR_BYTES_FIELD_NUMBER: _ClassVar[int]
     MEMORY_KIND_FIELD_NUMBER: _ClassVar[int]
     AGENT_VERSION_FIELD_NUMBER: _ClassVar[int]
-    NUM_EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     client_id: str
     memory_budget_bytes: int
     floor_bytes: int
     memory_kind: str
     agent_version: str
-    num_examples: int
-    def __init__(self, client_id: _Optional[str] = ..., memory_budget_bytes: _Optional[int] = ..., floor_bytes: _Optional[int] = ..., memory_kind: _Optional[str] = ..., agent_version: _Optional[str] = ..., num_examples: _Optional[int] = ...) -> None: ...
+    def __init__(self, client_id: _Optional[str] = ..., memory_budget_bytes: _Optional[int] = ..., floor_bytes: _Optional[int] = ..., memory_kind: _Optional[str] = ..., agent_version: _Optional[str] = ...) -> None: ...
 
 class RegisterReply(_message.Message):
     __slots__ = ("session", "heartbeat_interval_s")
@@ -31,20 +29,22 @@ class RegisterReply(_message.Message):
     def __init__(self, session: _Optional[str] = ..., heartbeat_interval_s: _Optional[int] = ...) -> None: ...
 
 class HeartbeatRequest(_message.Message):
-    __slots__ = ("client_id", "session", "activity", "step", "num_steps", "train_loss")
+    __slots__ = ("client_id", "session", "activity", "step", "num_steps", "train_loss", "task_id")
     CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
     SESSION_FIELD_NUMBER: _ClassVar[int]
     ACTIVITY_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
     TRAIN_LOSS_FIELD_NUMBER: _ClassVar[int]
+    TASK_ID_FIELD_NUMBER: _ClassVar[int]
     client_id: str
     session: str
     activity: str
     step: int
     num_steps: int
     train_loss: float
-    def __init__(self, client_id: _Optional[str] = ..., session: _Optional[str] = ..., activity: _Optional[str] = ..., step: _Optional[int] = ..., num_steps: _Optional[int] = ..., train_loss: _Optional[float] = ...) -> None: ...
+    task_id: str
+    def __init__(self, client_id: _Optional[str] = ..., session: _Optional[str] = ..., activity: _Optional[str] = ..., step: _Optional[int] = ..., num_steps: _Optional[int] = ..., train_loss: _Optional[float] = ..., task_id: _Optional[str] = ...) -> None: ...
 
 class HeartbeatReply(_message.Message):
     __slots__ = ("task_id",)

@@ -1,0 +1,272 @@
+"""The agent's loop; reads like the protocol: join, pull, fetch, train, push."""
+
+import signal
+import threading
+import time
+from types import FrameType
+
+from fedpruner_client.cache import Cache
+from fedpruner_client.config import AgentSettings
+from fedpruner_client.connection import Connection, Finished, Offer, Waiting
+from fedpruner_client.device import available_bytes
+from fedpruner_client.trainer import Baseline, Trainer, describe_failure
+from fedpruner_common.child import Json
+from fedpruner_common.errors import (
+    BudgetTooSmall,
+    ChildDied,
+    FedPrunerError,
+    StaleRound,
+    Unauthenticated,
+    UnknownClient,
+)
+from fedpruner_common.log import get_logger
+from fedpruner_common.rpc import HEARTBEAT_INTERVAL_S
+from fedpruner_common.task import Task
+from fedpruner_common.units import format_bytes
+
+_ADAPTER_HEADROOM_BYTES = 16 << 20  # the safetensors header of the largest adapters
+_STAY_PAUSE_S = 10.0
+
+
+class Stopped(BaseException):
+    """SIGTERM or SIGINT came; unwinds the loop from wherever it is."""
+
+
+class Heartbeat(threading.Thread):
+    """Tells the coordinator that the device lives, also while it trains.
+
+    Attributes:
+        activity, step, num_steps, train_loss: what is told; the loop writes them.
+    """
+
+    def __init__(self, connection: Connection, trainer: Trainer) -> None:
+        super().__init__(daemon=True, name="heartbeat")
+        self._connection = connection
+        self._trainer = trainer
+        self._stop = threading.Event()
+        self._log = get_logger()
+        self.task_id = ""
+        self.in_vain = False
+        self.activity = "joined"
+        self.step = self.num_steps = 0
+        self.train_loss = 0.0
+
+    def working_on(self, task_id: str, activity: str) -> None:
+        """Note what the loop begins to do."""
+        if task_id != self.task_id:
+            self.in_vain = False
+            self.step = self.num_steps = 0
+        self.task_id, self.activity = task_id, activity
+
+    def run(self) -> None:
+        refused = 0
+        while not self._stop.wait(HEARTBEAT_INTERVAL_S):
+            session, task_id = self._connection.session, self.task_id
+            try:
+                wanted = self._connection.heartbeat(
+                    task_id=task_id,
+                    activity=self.activity,
+                    step=self.step,
+                    num_steps=self.num_steps,
+                    train_loss=self.train_loss,
+                )
+            except UnknownClient:  # the coordinator was restarted
+                self._rejoin(session)
+                continue
+            except FedPrunerError:  # unreachable: the loop's own calls will tell
+                continue
+            # Twice in a row, so that an answer that crossed the end of a task does no harm.
+            refused = refused + 1 if task_id and task_id == self.task_id and not wanted else 0
+            if refused >= 2 and self.activity == "training":
+                self._log.warning("the coordinator no longer wants this task: stopping", task=task_id)
+                self.in_vain = True
+                self._trainer.abort()
+
+    def _rejoin(self, session: str) -> None:
+        try:
+            self._connection.register(instead_of=session)
+        except FedPrunerError as error:
+            self._log.warning("cannot join again", reason=str(error))
+
+    def close(self) -> None:
+        self._stop.set()
+
+
+class Agent:
+    """One device; `run` is its whole life."""
+
+    def __init__(self, settings: AgentSettings) -> None:
+        self._settings = settings
+        self._trainer = Trainer(settings)
+        self._cache = Cache(settings.state_dir / "cache", limit_bytes=settings.cache_limit)
+        self._log = get_logger()
+        self._idle_since: float | None = None
+
+    def run(self) -> int:
+        """Take part until the run is over or a signal comes; returns the exit code.
+
+        Raises:
+            FedPrunerError: the device cannot take part; the message says why.
+        """
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, _raise_stopped)
+        try:
+            connection = Connection(self._settings, self._offer())
+            heartbeat = Heartbeat(connection, self._trainer)
+            try:
+                connection.register()
+                self._log.info(
+                    "joined",
+                    server=self._settings.server,
+                    name=self._settings.client_id,
+                    budget=format_bytes(connection.offer.memory_budget_bytes),
+                )
+                heartbeat.start()
+                return self._loop(connection, heartbeat)
+            except Stopped:
+                self._log.info("stopping")
+                if heartbeat.task_id:
+                    _try_report(connection, heartbeat.task_id, "the agent was stopped")
+                return 0
+            finally:
+                heartbeat.close()
+                connection.close()
+        except Stopped:
+            return 0
+        finally:
+            self._trainer.close()
+
+    def _offer(self) -> Offer:
+        """What this device can bring, measured now."""
+        self._log.info("measuring what the training process needs before any model")
+        baseline: Baseline = self._trainer.measure()
+        if baseline.memory_kind == "cuda":
+            free = baseline.available_bytes
+        else:
+            # The warm training process is among what is used now, and its floor is in the budget.
+            free = available_bytes() + baseline.floor_bytes - self._settings.memory_reserve
+        budget = min(free, self._settings.memory_budget or free)
+        if self._settings.memory_budget and budget < self._settings.memory_budget:
+            self._log.warning(
+                "less memory is free than the configured budget",
+                budget=format_bytes(self._settings.memory_budget),
+                free=format_bytes(free),
+            )
+        return Offer(max(0, budget), baseline.floor_bytes, baseline.memory_kind)
+
+    def _loop(self, connection: Connection, heartbeat: Heartbeat) -> int:
+        said = ""
+        while True:
+            session = connection.session
+            try:
+                answer = connection.pull()
+            except UnknownClient:
+                connection.register(instead_of=session)
+                continue
+            if isinstance(answer, Finished):
+                self._log.info("the run is over", outcome=answer.reason)
+                if not self._settings.stay:
+                    return 0
+                self._idle(heartbeat)
+                time.sleep(_STAY_PAUSE_S)
+            elif isinstance(answer, Waiting):
+                if answer.reason != said:
+                    self._log.info(said := answer.reason)
+                self._idle(heartbeat)
+            else:
+                self._idle_since = None
+                self._work(answer, connection, heartbeat)
+
+    def _idle(self, heartbeat: Heartbeat) -> None:
+        """Let the training process go when nothing has come for a while."""
+        heartbeat.working_on("", "waiting")
+        now = time.monotonic()
+        self._idle_since = self._idle_since or now
+        if self._trainer.pid and now - self._idle_since >= self._settings.idle_s:
+            self._log.info("idle: the training process ends, its memory is free again")
+            self._trainer.close()
+
+    def _work(self, task: Task, connection: Connection, heartbeat: Heartbeat) -> None:
+        """Do one task, or tell the coordinator why not."""
+        try:
+            self._do(task, connection, heartbeat)
+        except StaleRound as error:
+            self._log.warning("too late", task=task.task_id, reason=str(error))
+        except UnknownClient:
+            connection.register(instead_of=connection.session)
+        except (Unauthenticated, BudgetTooSmall):
+            raise
+        except FedPrunerError as error:
+            if heartbeat.in_vain:
+                return
+            reason = describe_failure(error, budget_bytes=connection.offer.memory_budget_bytes)
+            self._log.error("task failed", task=task.task_id, reason=str(error))
+            _try_report(connection, task.task_id, reason)
+            if not isinstance(error, ChildDied):
+                self._trainer.close()
+        finally:
+            heartbeat.working_on("", "waiting")
+
+    def _do(self, task: Task, connection: Connection, heartbeat: Heartbeat) -> None:
+        self._check_affordable(task, connection.offer)
+        self._log.info(
+            "task",
+            round=task.round,
+            holds=task.submodel.picture(),
+            predicted_peak=format_bytes(task.predicted_peak_bytes),
+        )
+        heartbeat.working_on(task.task_id, "fetching")
+        blobs = {info.hash: info.num_bytes for info in (*task.tensors, *task.files)}
+        fetched = connection.fetch(blobs, self._cache)
+        adapter_path = self._trainer.adapter_path()
+        fetched += connection.fetch_adapter(
+            task.task_id, adapter_path, max_bytes=_ADAPTER_HEADROOM_BYTES + _adapter_limit(task)
+        )
+        heartbeat.working_on(task.task_id, "training")
+
+        def progress(values: Json) -> None:
+            heartbeat.step, heartbeat.num_steps = values["step"], values["num_steps"]
+            heartbeat.train_loss = values["train_loss"]
+
+        metrics, update_path = self._trainer.train(task, self._cache, progress)
+        heartbeat.working_on(task.task_id, "uploading")
+        connection.push(task, metrics, update_path)
+        update_path.unlink(missing_ok=True)
+        self._log.info(
+            "update sent",
+            round=task.round,
+            train_loss=f"{metrics.train_loss_first:.3f} -> {metrics.train_loss_last:.3f}",
+            peak=format_bytes(metrics.measured_peak_bytes),
+            fetched=format_bytes(fetched),
+        )
+
+    @staticmethod
+    def _check_affordable(task: Task, offer: Offer) -> None:
+        """Never trust the plan alone: refuse what this device did not offer.
+
+        Raises:
+            FedPrunerError: the task cannot fit.
+        """
+        weights = sum(info.num_bytes for info in task.tensors)
+        needed = max(task.predicted_peak_bytes, weights + offer.floor_bytes)
+        if needed > offer.memory_budget_bytes:
+            raise FedPrunerError(
+                f"the task needs {format_bytes(needed)}, this device offered "
+                f"{format_bytes(offer.memory_budget_bytes)}"
+            )
+
+
+def _adapter_limit(task: Task) -> int:
+    """More bytes than the task's adapter can have: rank times the rows and columns of its tensors."""
+    return sum(4 * task.lora.r * sum(info.shape) for info in task.tensors)
+
+
+def _raise_stopped(_signal: int, _frame: FrameType | None) -> None:
+    raise Stopped
+
+
+def _try_report(connection: Connection, task_id: str, reason: str) -> None:
+    try:
+        connection.report_failure(task_id, reason)
+    except FedPrunerError:
+        return  # the lease will tell

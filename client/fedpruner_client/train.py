@@ -1,0 +1,101 @@
+"""Local training: LoRA on the submodel, AdamW, a fixed number of steps."""
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fedpruner_common.errors import FedPrunerError
+from fedpruner_common.modeling.data import Batch, TokenSequence, collate
+from fedpruner_common.task import TrainingSettings
+
+OnStep = Callable[[int, float], None]
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """Attributes:
+    num_tokens: tokens with loss that were trained on.
+    loss_first, loss_last: mean loss of the first and last optimizer step, nats per token.
+    """
+
+    num_tokens: int
+    loss_first: float
+    loss_last: float
+
+
+def train(
+    model: Any,
+    sequences: list[TokenSequence],
+    settings: TrainingSettings,
+    *,
+    order: str,
+    pad_token_id: int,
+    device: torch.device,
+    on_step: OnStep,
+) -> TrainingResult:
+    """Train the model's adapter in place for `max_steps` optimizer steps.
+
+    The optimizer starts fresh: its moments belong to this device's submodel of this round.
+
+    Args:
+        model: with an adapter; only that has gradients.
+        sequences: the device's data.
+        settings: of the task.
+        order: seeds the order of the data; the same text gives the same batches.
+        pad_token_id: to pad shorter sequences with.
+        device: where the model is.
+        on_step: called after every step with its number, from 1, and its loss.
+
+    Raises:
+        FedPrunerError: the loss is not finite.
+    """
+    torch.manual_seed(settings.seed)
+    if settings.gradient_checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    # foreach would hold a second copy of all gradients for a moment.
+    optimizer = torch.optim.AdamW(
+        parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, foreach=False
+    )
+    batches = _batches(sequences, settings, order=order, pad_token_id=pad_token_id)
+    num_tokens, losses = 0, []
+    for step in range(1, settings.max_steps + 1):
+        micro = [next(batches) for _ in range(settings.gradient_accumulation_steps)]
+        step_tokens = max(1, sum(batch.num_tokens for batch in micro))
+        step_loss = 0.0
+        for batch in micro:
+            # Every token weighs the same, whichever micro-batch it is in.
+            loss = model(**batch.arguments(device)).loss * (batch.num_tokens / step_tokens)
+            loss.backward()
+            step_loss += loss.item()
+            del loss
+        if not torch.isfinite(torch.tensor(step_loss)):
+            raise FedPrunerError(f"the loss became {step_loss} in step {step}: lower learning_rate?")
+        torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm, foreach=False)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        num_tokens += step_tokens
+        losses.append(step_loss)
+        on_step(step, step_loss)
+    return TrainingResult(num_tokens, losses[0], losses[-1])
+
+
+def _batches(
+    sequences: list[TokenSequence], settings: TrainingSettings, *, order: str, pad_token_id: int
+) -> Iterator[Batch]:
+    """Batches without end: shuffled, each sequence once before any comes again."""
+    rng = random.Random(order)
+    size = settings.per_device_train_batch_size
+    queue: list[TokenSequence] = []
+    while True:
+        while len(queue) < size:
+            queue.extend(rng.sample(sequences, len(sequences)))
+        yield collate(queue[:size], pad_token_id=pad_token_id)
+        del queue[:size]
+
+
