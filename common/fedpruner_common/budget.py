@@ -1,6 +1,6 @@
 """The byte model: what a submodel costs to train, and what of it fits a budget.
 
-    peak = floor + weights + 12 P + activations          P = LoRA parameters, float32
+    peak = floor + 12 MiB + weights + 12 P + activations          P = LoRA parameters, float32
 
 12 P is the adapter and AdamW's two moments; the gradients (4 P more) exist only while activations
 are already going, so the optimizer step, 16 P without activations, is a second candidate for the
@@ -8,8 +8,9 @@ peak. Activations with everything saved: the saved bytes of every component plus
 loss's buffers and one component's temporaries. With gradient checkpointing: one input per kept
 layer, and the larger of the loss's buffers and one whole layer recomputed.
 
-On 17 configurations this was within 3.4 % of the measured peak RSS (mean 1.6 %), provided that the
-training process sets a low mmap threshold; see `malloc.py`.
+The 12 MiB are the tokenizer, the tokens and the model's own code. All this holds only where the
+training process sets a low mmap threshold; see `malloc.py`. `benchmarks/memory` compares it with
+measured peaks.
 
 Source: METHOD.md 2.3 and ENGINEERING.md A4 of the project's notes; saved bytes are counted exactly
 by a forward pass on the meta device (server `describe`).
@@ -22,6 +23,7 @@ from fedpruner_common.components import ComponentId
 
 _ADAM_BYTES = 12  # per LoRA parameter: value 4, first and second moment 8
 _GRADIENT_BYTES = 4
+_TEXT_BYTES = 12 << 20
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def predicted_peak_bytes(
     converting = round(weights * profile.disk_ratio)
     training = _ADAM_BYTES * lora + activation_bytes(profile, kept)
     stepping = (_ADAM_BYTES + _GRADIENT_BYTES) * lora
-    return floor_bytes + weights + max(converting, training, stepping)
+    return floor_bytes + _TEXT_BYTES + weights + max(converting, training, stepping)
 
 
 def largest_that_fits(cost: Callable[[int], int], sizes: range, budget_bytes: int) -> int | None:

@@ -229,11 +229,8 @@ class _SavedByAttention(torch.autograd.Function):
 
 
 def _counting_attention(
-    module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any
+    _module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any
 ) -> tuple[torch.Tensor, None]:
-    groups = getattr(module, "num_key_value_groups", 1)
-    if groups > 1:  # as transformers does before calling the kernel
-        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     output: torch.Tensor = _SavedByAttention.apply(q, k, v)  # type: ignore[no-untyped-call]
     return output, None
 
@@ -291,6 +288,7 @@ def _adapted_meta_model(
         ALL_ATTENTION_FUNCTIONS.register("fedpruner_counting", _counting_attention)
         attention = "fedpruner_counting"
     model = meta_model(config, attention=attention).to(dtype)
+    model.requires_grad_(False)
     apply_stubs(model, anatomy, Submodel.of(len(anatomy), components).skipped())
     modules = [target.module for component in components for target in targets[component]]
     if modules:

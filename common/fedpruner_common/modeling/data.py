@@ -30,12 +30,19 @@ class TokenSequence:
     """One training example after tokenization.
 
     Attributes:
-        input_ids: at most max_seq_length tokens.
+        input_ids: at most max_seq_length tokens, int32; as tensors, because lists of Python numbers
+            take ten times the memory.
         labels: as long; IGNORED where there is no loss.
     """
 
-    input_ids: list[int]
-    labels: list[int]
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+
+    @classmethod
+    def of(cls, input_ids: list[int], labels: list[int]) -> "TokenSequence":
+        """From plain numbers."""
+        ids = torch.tensor(input_ids, dtype=torch.int32)
+        return cls(ids, torch.tensor(labels, dtype=torch.int32))
 
 
 @dataclass(frozen=True)
@@ -96,11 +103,9 @@ def load_sequences(
             if isinstance(row.get("text"), str):
                 texts.append(row["text"])
             else:
-                sequence = _answer_sequence(row, tokenizer, place)
-                cut = TokenSequence(
-                    sequence.input_ids[:max_seq_length], sequence.labels[:max_seq_length]
-                )
-                if any(label != IGNORED for label in cut.labels[1:]):
+                ids, labels = _with_answer(row, tokenizer, place)
+                if any(label != IGNORED for label in labels[1:max_seq_length]):
+                    cut = TokenSequence.of(ids[:max_seq_length], labels[:max_seq_length])
                     sequences.append(cut)
     sequences.extend(_windows(texts, tokenizer, max_seq_length))
     if not sequences:
@@ -141,10 +146,10 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise DataError(f"cannot read {path}: {error}") from error
 
 
-def _answer_sequence(
+def _with_answer(
     row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, place: str
-) -> TokenSequence:
-    """A row with an answer, uncut."""
+) -> tuple[list[int], list[int]]:
+    """Tokens and labels of a row with an answer, uncut."""
     if isinstance(row.get("instruction"), str) and isinstance(row.get("output"), str):
         template = _PROMPT_WITH_INPUT if row.get("input") else _PROMPT
         prompt = _encode(template.format(**row), tokenizer)
@@ -153,19 +158,19 @@ def _answer_sequence(
         answer = _encode(row["output"], tokenizer)
         if tokenizer.eos_token_id is not None:
             answer.append(tokenizer.eos_token_id)
-        return TokenSequence(prompt + answer, [IGNORED] * len(prompt) + answer)
+        return prompt + answer, [IGNORED] * len(prompt) + answer
     if isinstance(row.get("messages"), list):
-        return _chat_sequence(row["messages"], tokenizer, place)
+        return _conversation(row["messages"], tokenizer, place)
     raise DataError(
         f"{place}: expected 'text', 'instruction' with 'output', or 'messages'; "
         f"got keys {sorted(row)[:8]}"
     )
 
 
-def _chat_sequence(
+def _conversation(
     messages: list[Any], tokenizer: PreTrainedTokenizerBase, place: str
-) -> TokenSequence:
-    """A conversation through the tokenizer's own template, loss on the assistant's turns."""
+) -> tuple[list[int], list[int]]:
+    """Tokens and labels of a conversation through the tokenizer's own template, loss on the assistant's turns."""
     if not tokenizer.chat_template:
         raise DataError(f"{place}: 'messages' need a tokenizer with a chat template; this one has none")
 
@@ -184,7 +189,7 @@ def _chat_sequence(
         start = _common_prefix(render(messages[:index], ask=True), ids)
         end = _common_prefix(render(messages[: index + 1], ask=False), ids)
         labels[start:end] = ids[start:end]
-    return TokenSequence(ids, labels)
+    return ids, labels
 
 
 def _common_prefix(a: list[int], b: list[int]) -> int:
@@ -202,27 +207,29 @@ def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def _windows(
     texts: list[str], tokenizer: PreTrainedTokenizerBase, max_seq_length: int
 ) -> Iterator[TokenSequence]:
-    stream: list[int] = []
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    waiting: list[int] = []
     for text in texts:
-        stream.extend(_encode(text, tokenizer))
-        if tokenizer.eos_token_id is not None:
-            stream.append(tokenizer.eos_token_id)
-    for start in range(0, len(stream), max_seq_length):
-        window = stream[start : start + max_seq_length]
-        if len(window) >= 2:
-            yield TokenSequence(window, list(window))
+        waiting += _encode(text, tokenizer) + end
+        whole = len(waiting) // max_seq_length * max_seq_length
+        for start in range(0, whole, max_seq_length):
+            window = waiting[start : start + max_seq_length]
+            yield TokenSequence.of(window, window)
+        del waiting[:whole]
+    if len(waiting) >= 2:
+        yield TokenSequence.of(waiting, waiting)
 
 
 def collate(sequences: list[TokenSequence], *, pad_token_id: int) -> Batch:
     """Stack sequences, padded at the end to the longest."""
     longest = max(len(sequence.input_ids) for sequence in sequences)
-    ids = torch.full((len(sequences), longest), pad_token_id)
-    labels = torch.full((len(sequences), longest), IGNORED)
+    ids = torch.full((len(sequences), longest), pad_token_id, dtype=torch.long)
+    labels = torch.full((len(sequences), longest), IGNORED, dtype=torch.long)
     mask = torch.zeros((len(sequences), longest), dtype=torch.long)
     for row, sequence in enumerate(sequences):
         length = len(sequence.input_ids)
-        ids[row, :length] = torch.tensor(sequence.input_ids)
-        labels[row, :length] = torch.tensor(sequence.labels)
+        ids[row, :length] = sequence.input_ids
+        labels[row, :length] = sequence.labels
         mask[row, :length] = 1
     return Batch(ids, labels, None if bool(mask.all()) else mask)
 

@@ -10,9 +10,8 @@ Pure: restarting the coordinator is replaying the journal's events through `step
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
-from types import MappingProxyType
 
 from fedpruner_common.errors import StaleRound
 
@@ -56,7 +55,7 @@ class Round:
     phase: Phase = Phase.GATHERING
     quorum: int = 1
     deadline: float = float("inf")
-    tasks: Mapping[str, TaskState] = MappingProxyType({})
+    tasks: Mapping[str, TaskState] = field(default_factory=dict)
     explanation: str = ""
 
     def clients(self, outcome: Outcome) -> tuple[str, ...]:
@@ -151,7 +150,7 @@ def step(current: Round, event: Event) -> tuple[Round, tuple[Effect, ...]]:
             phase=Phase.TRAINING,
             quorum=event.quorum,
             deadline=event.deadline,
-            tasks=MappingProxyType(tasks),
+            tasks=tasks,
         )
         return started, (AssignTasks(),)
     if isinstance(event, Aggregated) and current.phase is Phase.AGGREGATING:
@@ -178,7 +177,7 @@ def _mark(current: Round, client_id: str, outcome: Outcome, reason: str = "") ->
     if task is None or task.outcome not in open_to:
         return current
     tasks = {**current.tasks, client_id: replace(task, outcome=outcome, reason=reason)}
-    return replace(current, tasks=MappingProxyType(tasks))
+    return replace(current, tasks=tasks)
 
 
 def _settle(current: Round, *, timed_out: bool) -> tuple[Round, tuple[Effect, ...]]:
