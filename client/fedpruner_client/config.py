@@ -19,7 +19,7 @@ class AgentSettings(Settings):
 
     server: str = "127.0.0.1:9092"
     data: list[Path] = Field(min_length=1)
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")] = ""
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")] | None = None
     state_dir: Path = Path("fedpruner-agent-state")
     memory_budget: int | None = None  # None: what is really free, less the reserve
     memory_reserve: int = 256 << 20

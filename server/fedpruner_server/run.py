@@ -302,9 +302,27 @@ class Run:
         )
 
     def _finish(self) -> None:
-        self._export(self._storage.peft_dir("final"))
-        done = sum(r.round.phase is Phase.DONE for r in self._c.history.values())
-        self._c.tell("finished", f"the run is complete: {done} rounds")
+        """Leave the results: the adapter, and a last line in metrics.jsonl."""
+        final_dir = self._storage.peft_dir("final")
+        self._export(final_dir)
+        history = [record for _, record in sorted(self._c.history.items())]
+        done = [record for record in history if record.round.phase is Phase.DONE]
+        evaluated = [record for record in done if record.loss is not None]
+        assert self._c.spec is not None
+        self._storage.add_metrics(
+            {
+                "type": "run",
+                "rounds": len(done),
+                "loss_base": self._c.loss_base,
+                "losses_base": self._c.losses_base,
+                "loss_final": evaluated[-1].loss if evaluated else self._c.loss_base,
+                "losses_final": evaluated[-1].losses if evaluated else self._c.losses_base,
+                "num_components_total": len(self._c.spec.full().components),
+                "model": str(self._c.blocks.model_dir),
+                "adapter_dir": str(final_dir.resolve()),
+            }
+        )
+        self._c.tell("finished", f"the run is complete: {len(done)} of {len(history)} rounds")
 
 
 def _missing(found: int, wanted: int, coordinator: Coordinator) -> str:

@@ -1,0 +1,1 @@
+"""The `fedpruner` command: what operators and researchers do."""

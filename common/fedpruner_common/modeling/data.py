@@ -49,7 +49,7 @@ class TokenSequence:
 class Batch:
     """Attributes:
     input_ids, labels: (batch, seq_len).
-    attention_mask: of the same shape, None when nothing is padded.
+    attention_mask: of the same shape, 1 on real tokens; None when nothing is padded.
     """
 
     input_ids: torch.Tensor
@@ -62,11 +62,12 @@ class Batch:
         return int((self.labels[:, 1:] != IGNORED).sum())
 
     def arguments(self, device: torch.device) -> dict[str, torch.Tensor]:
-        """Keyword arguments of the model's forward."""
-        tensors = {"input_ids": self.input_ids, "labels": self.labels}
-        if self.attention_mask is not None:
-            tensors["attention_mask"] = self.attention_mask
-        return {name: tensor.to(device) for name, tensor in tensors.items()}
+        """Keyword arguments of the model's forward.
+
+        Without the mask: padding is at the end and attention is causal, so no real token ever sees
+        it, and padding itself has no loss. A mask would be converted and saved in every layer.
+        """
+        return {"input_ids": self.input_ids.to(device), "labels": self.labels.to(device)}
 
 
 def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:

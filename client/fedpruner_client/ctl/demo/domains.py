@@ -24,7 +24,7 @@ from pathlib import Path
 from types import ModuleType
 
 # Documents per domain: unequal on purpose.
-_NUM_DOCUMENTS = {"manual": 60, "bytecode": 120, "characters": 60, "trees": 40}
+_NUM_DOCUMENTS = {"manual": 50, "bytecode": 120, "characters": 30, "trees": 20}
 _MAX_CHARACTERS = 6_000  # of one document
 _HELD_OUT_EVERY = 5
 _MODULES = (
