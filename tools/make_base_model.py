@@ -105,7 +105,9 @@ def main() -> None:
     model = LlamaForCausalLM(model_config())
     num_parameters = sum(p.numel() for p in model.parameters())
     num_bytes = sum(len(text.encode()) for text in texts)
-    print(f"{num_parameters:,} parameters; {len(tokens):,} tokens, {num_bytes / len(tokens):.2f} B each")
+    print(
+        f"{num_parameters:,} parameters; {len(tokens):,} tokens of {num_bytes / len(tokens):.2f} B"
+    )
 
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.05

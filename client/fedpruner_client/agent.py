@@ -78,7 +78,9 @@ class Heartbeat(threading.Thread):
             # Twice in a row, so that an answer that crossed the end of a task does no harm.
             refused = refused + 1 if task_id and task_id == self.task_id and not wanted else 0
             if refused >= 2 and self.activity == "training":
-                self._log.warning("the coordinator no longer wants this task: stopping", task=task_id)
+                self._log.warning(
+                    "the coordinator no longer wants this task: stopping", task=task_id
+                )
                 self.in_vain = True
                 self._trainer.abort()
 
@@ -216,7 +218,8 @@ class Agent:
             predicted_peak=format_bytes(task.predicted_peak_bytes),
         )
         heartbeat.working_on(task.task_id, "fetching")
-        blobs = {info.hash: info.num_bytes for info in (*task.tensors, *task.files)}
+        blobs = {tensor.hash: tensor.num_bytes for tensor in task.tensors}
+        blobs |= {file.hash: file.num_bytes for file in task.files}
         fetched = connection.fetch(blobs, self._cache)
         adapter_path = self._trainer.adapter_path()
         fetched += connection.fetch_adapter(
@@ -257,7 +260,7 @@ class Agent:
 
 
 def _adapter_limit(task: Task) -> int:
-    """More bytes than the task's adapter can have: rank times the rows and columns of its tensors."""
+    """More bytes than the adapter can have: rank times the rows and columns of all tensors."""
     return sum(4 * task.lora.r * sum(info.shape) for info in task.tensors)
 
 

@@ -1,7 +1,7 @@
 """Blobs on disk by content hash, so that nothing travels twice.
 
-    cache_dir/ab/ab12...           complete and verified
-    cache_dir/partial/ab12...      as far as it got; a broken download goes on from there
+cache_dir/ab/ab12...           complete and verified
+cache_dir/partial/ab12...      as far as it got; a broken download goes on from there
 """
 
 import os

@@ -1,7 +1,7 @@
 """`fedpruner-agent`: arguments and nothing else; heavy imports wait until they are needed."""
 
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -22,25 +22,50 @@ def _option(key: str, help_text: str) -> Any:
 
 @app.command()
 def run(
-    config: Annotated[Optional[Path], typer.Option("--config", "-c", help="TOML file with settings.")] = None,
-    server: Annotated[Optional[str], _option("server", "Coordinator's address, 127.0.0.1:9092 if not given.")] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="TOML file with settings.")
+    ] = None,
+    server: Annotated[
+        str | None, _option("server", "Coordinator's address, 127.0.0.1:9092 if not given.")
+    ] = None,
     data: Annotated[
-        Optional[list[Path]], _option("data", "Local training data, .jsonl or text; repeat for more files.")
+        list[Path] | None,
+        _option("data", "Local training data, .jsonl or text; repeat for more files."),
     ] = None,
-    name: Annotated[Optional[str], _option("name", "This device's name in the federation; the host's if not given.")] = None,
-    state_dir: Annotated[Optional[Path], _option("state_dir", "Cache and logs.")] = None,
+    name: Annotated[
+        str | None,
+        _option("name", "This device's name in the federation; the host's if not given."),
+    ] = None,
+    state_dir: Annotated[Path | None, _option("state_dir", "Cache and logs.")] = None,
     memory_budget: Annotated[
-        Optional[str], _option("memory_budget", "Most memory training may use, e.g. 6GiB; what is free if not given.")
+        str | None,
+        _option(
+            "memory_budget", "Most memory training may use, e.g. 6GiB; what is free if not given."
+        ),
     ] = None,
-    device: Annotated[Optional[str], _option("device", "auto, cpu or cuda.")] = None,
-    num_threads: Annotated[Optional[int], _option("num_threads", "CPU threads for training; 0 for all cores.")] = None,
-    root_certificates: Annotated[Optional[Path], _option("root_certificates", "CA of the coordinator's certificate, PEM.")] = None,
-    insecure: Annotated[Optional[bool], typer.Option("--insecure", help="No TLS, also to addresses off this machine.")] = None,
-    max_retries: Annotated[Optional[int], _option("max_retries", "Give up after so many failed calls; never if not given.")] = None,
-    max_wait_time: Annotated[Optional[float], _option("max_wait_time", "Longest pause between retries, seconds.")] = None,
-    stay: Annotated[Optional[bool], typer.Option("--stay", help="Wait for the next run after this one.")] = None,
-    log_level: Annotated[Optional[str], _option("log_level", "debug, info, warning or error.")] = None,
-    log_json: Annotated[Optional[bool], typer.Option("--log-json", help="Logs as JSON lines.")] = None,
+    device: Annotated[str | None, _option("device", "auto, cpu or cuda.")] = None,
+    num_threads: Annotated[
+        int | None, _option("num_threads", "CPU threads for training; 0 for all cores.")
+    ] = None,
+    root_certificates: Annotated[
+        Path | None, _option("root_certificates", "CA of the coordinator's certificate, PEM.")
+    ] = None,
+    insecure: Annotated[
+        bool | None,
+        typer.Option("--insecure", help="No TLS, also to addresses off this machine."),
+    ] = None,
+    max_retries: Annotated[
+        int | None,
+        _option("max_retries", "Give up after so many failed calls; never if not given."),
+    ] = None,
+    max_wait_time: Annotated[
+        float | None, _option("max_wait_time", "Longest pause between retries, seconds.")
+    ] = None,
+    stay: Annotated[
+        bool | None, typer.Option("--stay", help="Wait for the next run after this one.")
+    ] = None,
+    log_level: Annotated[str | None, _option("log_level", "debug, info, warning or error.")] = None,
+    log_json: Annotated[bool | None, typer.Option("--log-json", help="Logs as JSON lines.")] = None,
 ) -> None:
     """Take part in a run until it is over; SIGTERM stops.
 

@@ -10,6 +10,8 @@ from typing import TypeVar
 
 import grpc
 
+from fedpruner_client.cache import Cache
+from fedpruner_client.config import AgentSettings
 from fedpruner_common import convert, rpc
 from fedpruner_common.chunks import ChunkWriter, FileRange, read_chunks
 from fedpruner_common.errors import Busy, CorruptChunk, FedPrunerError, Unavailable
@@ -18,8 +20,6 @@ from fedpruner_common.pb import federation_pb2 as pb
 from fedpruner_common.pb.federation_pb2_grpc import FederationStub
 from fedpruner_common.status import error_of
 from fedpruner_common.task import Task, UpdateMetrics
-from fedpruner_client.cache import Cache
-from fedpruner_client.config import AgentSettings
 
 T = TypeVar("T")
 
@@ -261,9 +261,8 @@ class Connection:
             failures += 1
             limit = self._settings.max_retries
             if limit is not None and failures > limit:
-                raise Unavailable(
-                    f"cannot {what}: {self._settings.server} did not answer {failures} times: {error}"
-                ) from None
+                server = self._settings.server
+                raise Unavailable(f"cannot {what}: {server} failed {failures} times: {error}")
             pause = min(self._settings.max_wait_time, 0.5 * 2 ** min(failures, 16))
             pause *= random.uniform(0.5, 1.0)
             if failures == 1 or pause > 5:

@@ -75,7 +75,9 @@ def train(
             step_loss += loss.item()
             del loss
         if not torch.isfinite(torch.tensor(step_loss)):
-            raise FedPrunerError(f"the loss became {step_loss} in step {step}: lower learning_rate?")
+            raise FedPrunerError(
+                f"the loss became {step_loss} in step {step}: lower learning_rate?"
+            )
         torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm, foreach=False)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -97,5 +99,3 @@ def _batches(
             queue.extend(rng.sample(sequences, len(sequences)))
         yield collate(queue[:size], pad_token_id=pad_token_id)
         del queue[:size]
-
-

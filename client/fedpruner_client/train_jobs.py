@@ -72,7 +72,7 @@ def _tiny_step(device: torch.device) -> None:
         num_attention_heads=2,
     )
     model = peft.get_peft_model(
-        transformers.LlamaForCausalLM(config).to(device),  # type: ignore[arg-type]
+        transformers.LlamaForCausalLM(config).to(device),
         peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"),
     )
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=False)

@@ -6,12 +6,12 @@ It may stay warm between tasks, since its imports take seconds, and is gone when
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from fedpruner_client.cache import Cache
+from fedpruner_client.config import AgentSettings
 from fedpruner_common.child import Child, Progress
 from fedpruner_common.errors import ChildDied, FedPrunerError
 from fedpruner_common.task import Task, UpdateMetrics
 from fedpruner_common.units import format_bytes
-from fedpruner_client.cache import Cache
-from fedpruner_client.config import AgentSettings
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Adapter tensor names: one canonical, global spelling, and PEFT's.
 
-    canonical   model.layers.7.self_attn.q_proj.lora_A
-    PEFT file   base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight
+canonical   model.layers.7.self_attn.q_proj.lora_A
+PEFT file   base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight
 """
 
 from collections.abc import Iterable

@@ -9,6 +9,7 @@ closes, and a thread of its own watches for that.
                       {"result": {...}}  or  {"error": {"code": ..., "message": ...}}
 """
 
+import contextlib
 import json
 import os
 import queue
@@ -38,7 +39,9 @@ _LOG_TAIL_LINES = 12
 class Child:
     """One child process; started by the first call, started again after it ended."""
 
-    def __init__(self, module: str, *, log_path: Path, env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, module: str, *, log_path: Path, env: Mapping[str, str] | None = None
+    ) -> None:
         """Prepare to run `python -m module`; its stderr is appended to `log_path`."""
         self._module = module
         self._log_path = log_path
@@ -57,7 +60,9 @@ class Child:
             FedPrunerError: what the job raised, rebuilt from its code.
             ChildDied: the process ended without an answer.
         """
-        process = self._process if self.pid else self._start()
+        process = self._process
+        if process is None or process.poll() is not None:
+            process = self._start()
         stdin, stdout = _pipes(process)
         try:
             stdin.write(json.dumps({"job": job, "arguments": arguments}) + "\n")
@@ -83,10 +88,8 @@ class Child:
         if process is None:
             return
         stdin, stdout = _pipes(process)
-        try:
+        with contextlib.suppress(BrokenPipeError):
             stdin.close()
-        except BrokenPipeError:
-            pass
         try:
             process.wait(timeout_s)
         except subprocess.TimeoutExpired:
@@ -111,7 +114,7 @@ class Child:
                 stderr=log,
                 text=True,
                 env=self._env,
-                start_new_session=True,  # Ctrl-C is for the parent, which ends its children in order
+                start_new_session=True,  # Ctrl-C is for the parent, which ends its children
             )
         return self._process
 
@@ -128,7 +131,8 @@ class Child:
 
 
 def _pipes(process: "subprocess.Popen[str]") -> tuple[IO[str], IO[str]]:
-    assert process.stdin is not None and process.stdout is not None
+    assert process.stdin is not None
+    assert process.stdout is not None
     return process.stdin, process.stdout
 
 

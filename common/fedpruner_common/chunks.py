@@ -45,7 +45,9 @@ def read_chunks(source: FileRange, *, blob: int = 0, offset: int = 0) -> Iterato
             wanted = min(CHUNK_BYTES, source.num_bytes - offset)
             data = os.pread(file.fileno(), wanted, source.start + offset)
             if not data:
-                raise CorruptChunk(f"{source.path.name} ended {source.num_bytes - offset} bytes early")
+                raise CorruptChunk(
+                    f"{source.path.name} ended {source.num_bytes - offset} bytes early"
+                )
             yield make_chunk(data, blob=blob, offset=offset)
             offset += len(data)
 

@@ -72,7 +72,8 @@ def load(settings_class: type[SettingsT], config_file: Path | None, flags: Value
         {"model_config": {**settings_class.model_config, "toml_file": config_file}},
     )
     try:
-        return loaded(**values)
+        settings: SettingsT = loaded(**values)
+        return settings
     except ValidationError as error:
         raise ConfigError(_explain(settings_class, error)) from error
     except (OSError, ValueError) as error:  # malformed TOML, or a variable that is not JSON

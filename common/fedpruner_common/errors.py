@@ -1,24 +1,24 @@
 """Every error that means something to the other side, or to the person at the keyboard.
 
-    FedPrunerError
-    ├── protocol errors: cross the wire with their `code` (status.py has the table)
-    │   ├── InvalidUpdate      names, shapes, dtype, NaN, size
-    │   ├── BudgetTooSmall     not even the smallest submodel fits
-    │   ├── StaleRound         the round has moved on, or the task is not yours
-    │   ├── UnknownClient      the coordinator does not know this id: register again
-    │   ├── Unauthenticated    no valid session
-    │   ├── Forbidden          identity is known and not allowed
-    │   ├── Busy               try the same call later
-    │   ├── CorruptChunk       checksum or length differs: fetch again
-    │   ├── NotFound           no such blob
-    │   └── Unavailable        starting, stopping or unreachable: try the same call later
-    └── local errors: stop the program with one plain sentence
-        ├── ConfigError        a setting is missing or wrong
-        ├── ModelError         the base model cannot be used
-        ├── DataError          the training or evaluation data cannot be used
-        ├── StorageError       the state directory cannot be used
-        ├── RunFailed          rounds keep bringing nothing
-        └── ChildDied          a child process ended without an answer
+FedPrunerError
+├── protocol errors: cross the wire with their `code` (status.py has the table)
+│   ├── InvalidUpdate      names, shapes, dtype, NaN, size
+│   ├── BudgetTooSmall     not even the smallest submodel fits
+│   ├── StaleRound         the round has moved on, or the task is not yours
+│   ├── UnknownClient      the coordinator does not know this id: register again
+│   ├── Unauthenticated    no valid session
+│   ├── Forbidden          identity is known and not allowed
+│   ├── Busy               try the same call later
+│   ├── CorruptChunk       checksum or length differs: fetch again
+│   ├── NotFound           no such blob
+│   └── Unavailable        starting, stopping or unreachable: try the same call later
+└── local errors: stop the program with one plain sentence
+    ├── ConfigError        a setting is missing or wrong
+    ├── ModelError         the base model cannot be used
+    ├── DataError          the training or evaluation data cannot be used
+    ├── StorageError       the state directory cannot be used
+    ├── RunFailed          rounds keep bringing nothing
+    └── ChildDied          a child process ended without an answer
 """
 
 

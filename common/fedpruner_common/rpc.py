@@ -1,4 +1,4 @@
-"""How both ends open the wire: channel and server options, credentials. Every number with its reason."""
+"""How both ends open the wire: options, deadlines, credentials. Every number with its reason."""
 
 from pathlib import Path
 

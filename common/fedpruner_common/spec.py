@@ -51,7 +51,7 @@ class ModelSpec:
     def adapter_shapes(
         self, r: int, components: Iterable[ComponentId] | None = None
     ) -> dict[str, tuple[int, int]]:
-        """Canonical name -> shape of the adapter tensors; of the whole model without `components`."""
+        """Canonical name -> shape of the adapter tensors, of all components if none are given."""
         if components is None:
             components = all_components(self.num_layers)
         return adapter_shapes(self.targets(components), r)

@@ -25,7 +25,10 @@ class Submodel:
     def __post_init__(self) -> None:
         if list(self.components) != sorted(set(self.components)):
             raise ValueError("components must be sorted and unique; build with Submodel.of")
-        if self.components and not 0 <= self.components[0].layer <= self.last.layer < self.num_layers:
+        if (
+            self.components
+            and not 0 <= self.components[0].layer <= self.last.layer < self.num_layers
+        ):
             raise ValueError(f"a component lies outside the model's {self.num_layers} layers")
 
     @classmethod

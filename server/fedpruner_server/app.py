@@ -73,7 +73,9 @@ def _listen(server: aio.Server, settings: ServerSettings) -> int:
                 "--ssl-keyfile, or --insecure to talk in the clear"
             )
         if not is_loopback(settings.listen):
-            _log.warning("no TLS: everything on the wire can be read and changed", listen=settings.listen)
+            _log.warning(
+                "no TLS: everything on the wire can be read and changed", listen=settings.listen
+            )
         port = server.add_insecure_port(settings.listen)
     except (RuntimeError, OSError) as error:
         raise ConfigError(f"cannot listen on {settings.listen}: {error}") from error

@@ -40,7 +40,9 @@ class BlockStore:
         located = _hashed(_locate_tensors(model_dir), hash_cache)
         self.tensors = {name: tensor.info for name, tensor in located.items()}
         self._places = {tensor.info.hash: tensor.place for tensor in located.values()}
-        self.files = tuple(_file_info(model_dir / n) for n in _MODEL_FILES if (model_dir / n).is_file())
+        self.files = tuple(
+            _file_info(model_dir / n) for n in _MODEL_FILES if (model_dir / n).is_file()
+        )
         for file in self.files:
             self._places[file.hash] = FileRange(model_dir / file.name, 0, file.num_bytes)
 
@@ -68,12 +70,16 @@ def _locate_tensors(model_dir: Path) -> dict[str, LocatedTensor]:
         names = sorted(set(json.loads(index_path.read_text())["weight_map"].values()))
         missing = [name for name in names if not (model_dir / name).is_file()]
         if missing:
-            raise ModelError(f"{index_path} names shards that are not there: {', '.join(missing[:3])}")
+            raise ModelError(
+                f"{index_path} names shards that are not there: {', '.join(missing[:3])}"
+            )
         shards = [model_dir / name for name in names]
     if not shards:
-        hint = " Its weights are in another format; convert them to safetensors first." if list(
-            model_dir.glob("*.bin")
-        ) else ""
+        hint = (
+            " Its weights are in another format; convert them to safetensors first."
+            if list(model_dir.glob("*.bin"))
+            else ""
+        )
         raise ModelError(f"{model_dir} has no *.safetensors weights.{hint}")
     return {name: tensor for shard in shards for name, tensor in read_header(shard).items()}
 

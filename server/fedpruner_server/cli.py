@@ -1,7 +1,7 @@
 """`fedpruner-server`: arguments and nothing else; heavy imports wait until they are needed."""
 
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -15,7 +15,6 @@ app = typer.Typer(
 )
 
 
-
 def _option(key: str, help_text: str) -> Any:
     """A flag that stands for a key of the settings; the default lives in config.py."""
     return typer.Option("--" + key.rpartition(".")[2].replace("_", "-"), help=help_text)
@@ -23,36 +22,62 @@ def _option(key: str, help_text: str) -> Any:
 
 @app.command()
 def run(
-    config: Annotated[Optional[Path], typer.Option("--config", "-c", help="TOML file with settings.")] = None,
-    model: Annotated[Optional[Path], _option("model", "Hugging Face directory of the base model.")] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="TOML file with settings.")
+    ] = None,
+    model: Annotated[
+        Path | None, _option("model", "Hugging Face directory of the base model.")
+    ] = None,
     eval_data: Annotated[
-        Optional[list[Path]], _option("data.eval_data", "Held-out text to score the adapter on; repeat for more files.")
+        list[Path] | None,
+        _option("data.eval_data", "Held-out text to score the adapter on; repeat for more files."),
     ] = None,
     calibration_data: Annotated[
-        Optional[list[Path]],
-        _option("data.calibration_data", "Public text to measure the layers on; the held-out text if not given."),
+        list[Path] | None,
+        _option(
+            "data.calibration_data",
+            "Public text to measure the layers on; the held-out text if not given.",
+        ),
     ] = None,
-    state_dir: Annotated[Optional[Path], _option("state_dir", "Where the run lives; start again with it to go on.")] = None,
-    listen: Annotated[Optional[str], _option("listen", "Address, 127.0.0.1:9092 if not given; port 0 takes a free one.")] = None,
-    num_rounds: Annotated[Optional[int], _option("run.num_rounds", "Rounds of the run.")] = None,
+    state_dir: Annotated[
+        Path | None, _option("state_dir", "Where the run lives; start again with it to go on.")
+    ] = None,
+    listen: Annotated[
+        str | None,
+        _option("listen", "Address, 127.0.0.1:9092 if not given; port 0 takes a free one."),
+    ] = None,
+    num_rounds: Annotated[int | None, _option("run.num_rounds", "Rounds of the run.")] = None,
     min_available_clients: Annotated[
-        Optional[int], _option("run.min_available_clients", "Devices to wait for before a round.")
+        int | None, _option("run.min_available_clients", "Devices to wait for before a round.")
     ] = None,
-    learning_rate: Annotated[Optional[float], _option("training.learning_rate", "Of the first round.")] = None,
-    max_steps: Annotated[Optional[int], _option("training.max_steps", "Optimizer steps per device and round.")] = None,
+    learning_rate: Annotated[
+        float | None, _option("training.learning_rate", "Of the first round.")
+    ] = None,
+    max_steps: Annotated[
+        int | None, _option("training.max_steps", "Optimizer steps per device and round.")
+    ] = None,
     granularity: Annotated[
-        Optional[str], _option("plan.granularity", "What is pruned: layer (FedPruner) or component (FedPruner+).")
+        str | None,
+        _option("plan.granularity", "What is pruned: layer (FedPruner) or component (FedPruner+)."),
     ] = None,
     selection: Annotated[
-        Optional[str], _option("plan.selection", "Representative of a group: argmax, or sample as in the paper.")
+        str | None,
+        _option("plan.selection", "Representative of a group: argmax, or sample as in the paper."),
     ] = None,
-    seed: Annotated[Optional[int], _option("run.seed", "Of everything random.")] = None,
-    ssl_certfile: Annotated[Optional[Path], _option("ssl_certfile", "Server certificate, PEM.")] = None,
-    ssl_keyfile: Annotated[Optional[Path], _option("ssl_keyfile", "Its private key, PEM.")] = None,
-    insecure: Annotated[Optional[bool], typer.Option("--insecure", help="No TLS, also on addresses off this machine.")] = None,
-    stay: Annotated[Optional[bool], typer.Option("--stay", help="Keep answering after the run is over.")] = None,
-    log_level: Annotated[Optional[str], _option("log_level", "debug, info, warning or error.")] = None,
-    log_json: Annotated[Optional[bool], typer.Option("--log-json", help="Logs as JSON lines.")] = None,
+    seed: Annotated[int | None, _option("run.seed", "Of everything random.")] = None,
+    ssl_certfile: Annotated[
+        Path | None, _option("ssl_certfile", "Server certificate, PEM.")
+    ] = None,
+    ssl_keyfile: Annotated[Path | None, _option("ssl_keyfile", "Its private key, PEM.")] = None,
+    insecure: Annotated[
+        bool | None,
+        typer.Option("--insecure", help="No TLS, also on addresses off this machine."),
+    ] = None,
+    stay: Annotated[
+        bool | None, typer.Option("--stay", help="Keep answering after the run is over.")
+    ] = None,
+    log_level: Annotated[str | None, _option("log_level", "debug, info, warning or error.")] = None,
+    log_json: Annotated[bool | None, typer.Option("--log-json", help="Logs as JSON lines.")] = None,
 ) -> None:
     """Run the coordinator until the run is complete; SIGTERM stops it, the next start goes on.
 
@@ -100,10 +125,14 @@ def export(
     state_dir: Annotated[Path, typer.Option(help="State directory of the run.")],
     output: Annotated[Path, typer.Option(help="Directory to write.")],
     merged: Annotated[
-        bool, typer.Option("--merged", help="Fold the adapter into the base model: a plain model directory.")
+        bool,
+        typer.Option(
+            "--merged", help="Fold the adapter into the base model: a plain model directory."
+        ),
     ] = False,
     model: Annotated[
-        Optional[Path], typer.Option(help="The base model, if it is not where it was during the run.")
+        Path | None,
+        typer.Option(help="The base model, if it is not where it was during the run."),
     ] = None,
 ) -> None:
     """Write the newest adapter of a run as a PEFT directory, or merged into the base model."""

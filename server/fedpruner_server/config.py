@@ -66,8 +66,8 @@ class RunOptions(Section):
 class DataOptions(Section):
     """Text the coordinator itself may see; never a device's."""
 
-    calibration: list[Path] = []
-    eval: list[Path] = []
+    calibration: tuple[Path, ...] = ()
+    eval: tuple[Path, ...] = ()
     num_calibration_sequences: PositiveInt = 8
     max_eval_sequences: PositiveInt = 128  # per file
 

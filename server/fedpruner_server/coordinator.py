@@ -268,7 +268,8 @@ class Coordinator:
 
     def _task(self, device: Device) -> Task:
         """The task of a client in the current round, from what the journal says of it."""
-        assert self.round is not None and self.spec is not None
+        assert self.round is not None
+        assert self.spec is not None
         number, training = self.round.number, self.settings.training
         record = self.history[number].clients[device.client_id]
         submodel = Submodel.of(self.spec.num_layers, map(ComponentId.parse, record.components))
@@ -400,6 +401,8 @@ def _check_update_file(path: Path, shapes: dict[str, tuple[int, int]]) -> None:
     try:
         found = {from_peft(key): t.info for key, t in read_header(path).items()}
     except (ModelError, ValueError) as error:
-        raise InvalidUpdate(f"the update is not a safetensors file of LoRA weights: {error}") from error
+        raise InvalidUpdate(
+            f"the update is not a safetensors file of LoRA weights: {error}"
+        ) from error
     validation.check_tensors(shapes, found)
     validation.check_values(read_adapter(path))

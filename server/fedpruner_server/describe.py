@@ -150,15 +150,15 @@ def _lora_targets(
 
 def _linear_modules(
     layer: nn.Module, anatomy: LayerAnatomy, kind: Kind
-) -> Iterator[tuple[str, nn.Module]]:
+) -> Iterator[tuple[str, nn.Linear | Conv1D]]:
     for child in anatomy.halves[kind].core:
         for name, module in getattr(layer, child).named_modules(prefix=child):
             if isinstance(module, (nn.Linear, Conv1D)):
                 yield name, module
 
 
-def _lora_target(name: str, module: nn.Module) -> LoraTarget:
-    rows, columns = module.weight.shape  # type: ignore[misc, union-attr]
+def _lora_target(name: str, module: nn.Linear | Conv1D) -> LoraTarget:
+    rows, columns = module.weight.shape
     if isinstance(module, Conv1D):
         return LoraTarget(name, in_features=int(rows), out_features=int(columns))
     return LoraTarget(name, in_features=int(columns), out_features=int(rows))
@@ -182,7 +182,9 @@ def _memory_profile(
 
     def held_bytes(names: set[str] | tuple[str, ...]) -> int:
         return sum(
-            tensors[n].num_bytes * held // ITEM_BYTES[tensors[n].dtype] if held else tensors[n].num_bytes
+            tensors[n].num_bytes * held // ITEM_BYTES[tensors[n].dtype]
+            if held
+            else tensors[n].num_bytes
             for n in names
         )
 
@@ -224,14 +226,14 @@ class _SavedByAttention(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, *_: torch.Tensor) -> Any:
+    def backward(_ctx: Any, *_: torch.Tensor) -> Any:
         raise AssertionError("only counted, never run backwards")
 
 
 def _counting_attention(
     _module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any
 ) -> tuple[torch.Tensor, None]:
-    output: torch.Tensor = _SavedByAttention.apply(q, k, v)  # type: ignore[no-untyped-call]
+    output: torch.Tensor = _SavedByAttention.apply(q, k, v)
     return output, None
 
 
@@ -299,7 +301,7 @@ def _adapted_meta_model(
             target_modules=modules,
             task_type="CAUSAL_LM",
         )
-        get_peft_model(model, lora_config)  # type: ignore[arg-type]
+        get_peft_model(model, lora_config)
     return model
 
 

@@ -6,7 +6,13 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from fedpruner_common.modeling.data import Batch, collate, load_sequences, load_tokenizer, pad_token_id
+from fedpruner_common.modeling.data import (
+    Batch,
+    collate,
+    load_sequences,
+    load_tokenizer,
+    pad_token_id,
+)
 from fedpruner_server.model import load_full_model
 
 _BATCH_SIZE = 8

@@ -202,7 +202,8 @@ class Run:
     async def _plan(self, number: int, devices: list[Device]) -> dict[str, ClientPlan]:
         """A plan for every device that can hold any submodel."""
         spec, statistics, settings = self._c.spec, self._c.statistics, self._c.plan_settings()
-        assert spec is not None and statistics is not None
+        assert spec is not None
+        assert statistics is not None
         offers = [(d.client_id, d.memory_budget_bytes, d.floor_bytes) for d in devices]
         plans: dict[str, ClientPlan] = {}
         for device, result in zip(
@@ -341,10 +342,9 @@ def _plan_all(
     number: int,
     offers: list[tuple[str, int, int]],
 ) -> list[ClientPlan | BudgetTooSmall]:
-    results: list[ClientPlan | BudgetTooSmall] = []
-    for client_id, budget_bytes, floor_bytes in offers:
+    def plan(client_id: str, budget_bytes: int, floor_bytes: int) -> ClientPlan | BudgetTooSmall:
         try:
-            plan = plan_client(
+            return plan_client(
                 spec,
                 statistics,
                 settings,
@@ -353,7 +353,7 @@ def _plan_all(
                 budget_bytes=budget_bytes,
                 floor_bytes=floor_bytes,
             )
-            results.append(plan)
         except BudgetTooSmall as error:
-            results.append(error)
-    return results
+            return error
+
+    return [plan(*offer) for offer in offers]

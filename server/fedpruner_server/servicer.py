@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from fedpruner_common import convert
+from fedpruner_common.adapters import to_peft
 from fedpruner_common.chunks import ChunkWriter, read_chunks
 from fedpruner_common.errors import CorruptChunk, InvalidUpdate
-from fedpruner_common.adapters import to_peft
 from fedpruner_common.pb import federation_pb2 as pb
 from fedpruner_common.pb.federation_pb2_grpc import FederationServicer
 from fedpruner_common.rpc import HEARTBEAT_INTERVAL_S, STREAM_IDLE_S
@@ -62,13 +62,19 @@ class Federation(FederationServicer):
     async def FetchBlobs(self, request: pb.FetchBlobsRequest, _: Any) -> AsyncIterator[pb.Chunk]:
         device = self._c.device(request.client_id, request.session)
         if len(request.blobs) > _MAX_BLOBS_PER_CALL:
-            raise InvalidUpdate(f"{len(request.blobs)} blobs in one call, at most {_MAX_BLOBS_PER_CALL}")
+            raise InvalidUpdate(
+                f"{len(request.blobs)} blobs in one call, at most {_MAX_BLOBS_PER_CALL}"
+            )
         for index, blob in enumerate(request.blobs):
-            for chunk in read_chunks(self._c.blocks.locate(blob.hash), blob=index, offset=blob.offset):
+            for chunk in read_chunks(
+                self._c.blocks.locate(blob.hash), blob=index, offset=blob.offset
+            ):
                 self._c.count_down(device, base=len(chunk.data))
                 yield chunk
 
-    async def FetchAdapter(self, request: pb.FetchAdapterRequest, _: Any) -> AsyncIterator[pb.Chunk]:
+    async def FetchAdapter(
+        self, request: pb.FetchAdapterRequest, _: Any
+    ) -> AsyncIterator[pb.Chunk]:
         device = self._c.device(request.client_id, request.session)
         path, shapes = self._c.adapter_of(device, request.task_id)
         for chunk in slice_chunks(path, map(to_peft, shapes)):
@@ -85,7 +91,9 @@ class Federation(FederationServicer):
         _, shapes = self._c.adapter_of(device, header.task_id)
         limit = max_update_bytes(shapes)
         if header.num_bytes > limit:
-            raise InvalidUpdate(f"an update of {header.num_bytes} bytes, at most {limit} for this task")
+            raise InvalidUpdate(
+                f"an update of {header.num_bytes} bytes, at most {limit} for this task"
+            )
         folder = self._c.storage.update_path(header.round, device.client_id).parent
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".incoming-") as temporary:

@@ -43,7 +43,7 @@ def spec_to_json(spec: ModelSpec) -> Json:
 
 def spec_from_json(data: Json) -> ModelSpec:
     """The spec that `spec_to_json` wrote."""
-    memory = {
+    memory: Json = {
         name: _component_keys(value) if isinstance(value, dict) else value
         for name, value in data["memory"].items()
     }

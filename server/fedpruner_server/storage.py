@@ -1,12 +1,12 @@
 """Durable state: a journal of events in SQLite, tensors in files beside it.
 
-    state_dir/
-        lock                       held by the one coordinator that may write here
-        journal.sqlite             events, appended before their effects
-        adapters/round-0003.safetensors
-        updates/round-0004/<client>.safetensors
-        peft/round-0010/  peft/final/
-        metrics.jsonl
+state_dir/
+    lock                       held by the one coordinator that may write here
+    journal.sqlite             events, appended before their effects
+    adapters/round-0003.safetensors
+    updates/round-0004/<client>.safetensors
+    peft/round-0010/  peft/final/
+    metrics.jsonl
 """
 
 import fcntl
@@ -58,9 +58,13 @@ class Storage:
             self._lock = (state_dir / "lock").open("w")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise StorageError(f"another fedpruner-server is using {state_dir}; stop it first") from error
+            raise StorageError(
+                f"another fedpruner-server is using {state_dir}; stop it first"
+            ) from error
         except OSError as error:
-            raise StorageError(f"cannot write to the state directory {state_dir}: {error}") from error
+            raise StorageError(
+                f"cannot write to the state directory {state_dir}: {error}"
+            ) from error
         try:
             self._database = sqlite3.connect(state_dir / "journal.sqlite", isolation_level=None)
             self._database.execute("PRAGMA journal_mode=WAL")

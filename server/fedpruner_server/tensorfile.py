@@ -50,7 +50,9 @@ def read_header(path: Path) -> dict[str, LocatedTensor]:
     position = 8 + length
     for tensor in sorted(located.values(), key=lambda t: (t.place.start, t.place.num_bytes)):
         if tensor.place.start != position:
-            raise ModelError(f"{path.name}: the data of {tensor.info.name} is not where it should be")
+            raise ModelError(
+                f"{path.name}: the data of {tensor.info.name} is not where it should be"
+            )
         position += tensor.place.num_bytes
     if position != file_bytes:
         what = "is truncated" if position > file_bytes else "has bytes after its end"

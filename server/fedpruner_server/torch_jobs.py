@@ -29,7 +29,9 @@ _evaluators: dict[str, Evaluator] = {}
 
 
 def _describe(arguments: Json, _: Progress) -> Json:
-    tensors = {t["name"]: TensorInfo(**{**t, "shape": tuple(t["shape"])}) for t in arguments["tensors"]}
+    tensors = {
+        t["name"]: TensorInfo(**{**t, "shape": tuple(t["shape"])}) for t in arguments["tensors"]
+    }
     spec = describe(
         Path(arguments["model"]),
         tensors,

@@ -40,10 +40,12 @@ def tiny(request: pytest.FixtureRequest, zoo: Callable[[str], TinyModel]) -> Tin
 
 
 @pytest.mark.parametrize("plan", PLANS)
-def test_submodel_equals_the_full_model_with_its_halves_hooked_off(tiny: TinyModel, plan: str) -> None:
+def test_submodel_equals_the_full_model_with_its_halves_hooked_off(
+    tiny: TinyModel, plan: str
+) -> None:
     ids = random_ids(2, 12)
     skipped = PLANS[plan]
-    model = tiny.build(submodel_without(5, skipped))
+    model = tiny.built(submodel_without(5, skipped))
     with hooked_off(tiny.reference, tiny.architecture, skipped):
         expected = logits(tiny.reference, ids)
     assert difference(logits(model, ids), expected) < TOLERANCE
@@ -65,7 +67,7 @@ def test_submodel_equals_the_full_model_with_its_halves_hooked_off(tiny: TinyMod
 
 def test_the_submodel_of_everything_is_the_full_model(tiny: TinyModel) -> None:
     ids = random_ids(2, 12)
-    model = tiny.build(Submodel.full(5))
+    model = tiny.built(Submodel.full(5))
     assert difference(logits(model, ids), logits(tiny.reference, ids)) < TOLERANCE
 
 
@@ -74,12 +76,12 @@ def test_a_submodel_without_any_component_is_embedding_norm_and_head(llama: Tiny
     full = llama.reference
     with torch.no_grad():
         expected = full.lm_head(full.model.norm(full.model.embed_tokens(ids)))
-    assert difference(logits(llama.build(Submodel.of(5, [])), ids), expected) < TOLERANCE
+    assert difference(logits(llama.built(Submodel.of(5, [])), ids), expected) < TOLERANCE
 
 
 def test_cached_decoding_is_right_when_layer_0_has_lost_its_attention(tiny: TinyModel) -> None:
     skipped = PLANS["halves of layer 0"]
-    model = tiny.build(submodel_without(5, skipped))
+    model = tiny.built(submodel_without(5, skipped))
     ids = random_ids(1, 12)
     with hooked_off(tiny.reference, tiny.architecture, skipped):
         expected = logits(tiny.reference, ids)
@@ -94,7 +96,7 @@ def test_generate_with_a_cache_gives_the_tokens_of_greedy_decoding_without_one(
     tiny: TinyModel,
 ) -> None:
     skipped = PLANS["halves of layer 0"]
-    model = tiny.build(submodel_without(5, skipped))
+    model = tiny.built(submodel_without(5, skipped))
     prompt = random_ids(1, 5)
     model.generation_config.eos_token_id = None
     generated = model.generate(
@@ -136,17 +138,13 @@ def test_weights_are_the_mapped_files_and_not_copies(llama: TinyModel) -> None:
 
 def test_a_submodel_holds_exactly_the_tensors_of_its_components(tiny: TinyModel) -> None:
     submodel = submodel_without(5, PLANS["halves"])
-    held = sum(parameter.numel() for parameter in tiny.build(submodel).parameters())
+    model = tiny.built(submodel)
+    assert [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta] == []
+    held = sum(parameter.numel() for parameter in model.parameters())
     names = tiny.spec.tensor_names(submodel)
     in_files = sum(tiny.infos[name].num_bytes // 4 for name in names)
     assert held == in_files  # all float32; a tied head is one parameter
     assert held < sum(parameter.numel() for parameter in tiny.reference.parameters())
-
-
-def test_no_parameter_or_buffer_is_left_on_the_meta_device(tiny: TinyModel) -> None:
-    model = tiny.build(submodel_without(5, PLANS["halves"]))
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    assert [name for name, tensor in tensors if tensor.is_meta] == []
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox"])

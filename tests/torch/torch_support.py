@@ -127,7 +127,9 @@ ARCHITECTURES = {
 
 
 def module_at(model: nn.Module, path: str) -> Any:
-    return reduce(lambda m, name: m[int(name)] if name.isdigit() else getattr(m, name), path.split("."), model)
+    return reduce(
+        lambda m, name: m[int(name)] if name.isdigit() else getattr(m, name), path.split("."), model
+    )
 
 
 @contextmanager
@@ -188,6 +190,7 @@ class TinyModel:
     ) -> None:
         self.path = path
         self.architecture = architecture
+        self._built: dict[Submodel, Any] = {}
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(architecture.config)
         with torch.no_grad():
@@ -220,7 +223,9 @@ class TinyModel:
         """The full model, for tests that leave it as it is."""
         return self.full()
 
-    def describe(self, lora: LoraOptions | None = None, training: TrainingOptions = TRAINING) -> ModelSpec:
+    def describe(
+        self, lora: LoraOptions | None = None, training: TrainingOptions = TRAINING
+    ) -> ModelSpec:
         lora = lora or LoraOptions(r=4, lora_alpha=8)
         return describe(self.path, self.infos, lora=lora, training=training)
 
@@ -230,6 +235,12 @@ class TinyModel:
 
     def local_tensors(self, names: tuple[str, ...]) -> list[LocalTensor]:
         return [LocalTensor(self.infos[name], self.raw(name)) for name in names]
+
+    def built(self, submodel: Submodel) -> Any:
+        """As `build`, once for all tests that leave it as it is."""
+        if submodel not in self._built:
+            self._built[submodel] = self.build(submodel)
+        return self._built[submodel]
 
     def build(self, submodel: Submodel) -> Any:
         """The submodel as an agent builds it, from the files the spec names."""

@@ -97,7 +97,9 @@ def all_imports() -> list[tuple[Path, str, str]]:
     for package in PACKAGES:
         for path in sorted(package.rglob("*.py")):
             tree = ast.parse(path.read_text())
-            found.extend((path.relative_to(ROOT), module_name(path), name) for name in imports(tree))
+            found.extend(
+                (path.relative_to(ROOT), module_name(path), name) for name in imports(tree)
+            )
     return found
 
 

@@ -4,7 +4,11 @@ from fedpruner_common.components import ComponentId, Kind, all_components
 
 
 def test_components_order_by_depth_and_attention_before_ffn():
-    mixed = [ComponentId(10, Kind.ATTENTION), ComponentId(2, Kind.FFN), ComponentId(2, Kind.ATTENTION)]
+    mixed = [
+        ComponentId(10, Kind.ATTENTION),
+        ComponentId(2, Kind.FFN),
+        ComponentId(2, Kind.ATTENTION),
+    ]
     assert [str(c) for c in sorted(mixed)] == ["2.attention", "2.ffn", "10.attention"]
 
 

@@ -39,7 +39,9 @@ def toy_spec(num_layers: int, memory: MemoryProfile | None = None) -> ModelSpec:
         num_layers=num_layers,
         shared_tensors=("embed",),
         component_tensors={c: (f"{c}.weight",) for c in components},
-        lora_targets={c: (LoraTarget(f"{c}.proj", in_features=4, out_features=6),) for c in components},
+        lora_targets={
+            c: (LoraTarget(f"{c}.proj", in_features=4, out_features=6),) for c in components
+        },
         fan_in_fan_out=False,
         memory=memory or toy_memory(num_layers),
     )

@@ -1,7 +1,7 @@
 """`fedpruner`: ask a running coordinator, or try everything out on one machine."""
 
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -15,15 +15,21 @@ app = typer.Typer(
 
 Server = Annotated[str, typer.Option(help="Coordinator's address.", envvar="FEDPRUNER_SERVER")]
 Certificates = Annotated[
-    Optional[Path],
-    typer.Option(help="CA of the coordinator's certificate, PEM.", envvar="FEDPRUNER_ROOT_CERTIFICATES"),
+    Path | None,
+    typer.Option(
+        help="CA of the coordinator's certificate, PEM.", envvar="FEDPRUNER_ROOT_CERTIFICATES"
+    ),
 ]
-Insecure = Annotated[bool, typer.Option("--insecure", help="No TLS, also to addresses off this machine.")]
+Insecure = Annotated[
+    bool, typer.Option("--insecure", help="No TLS, also to addresses off this machine.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 _DEFAULT_SERVER = "127.0.0.1:9092"
 
 
-def _ask(question: str, server: str, certificates: Path | None, insecure: bool, as_json: bool) -> None:
+def _ask(
+    question: str, server: str, certificates: Path | None, insecure: bool, as_json: bool
+) -> None:
     """Ask one of the admin calls that take no arguments, and show the answer."""
     from fedpruner_client.ctl.admin import AdminClient
     from fedpruner_common.cli import exit_on_error
@@ -98,7 +104,7 @@ def rounds(
 
 @app.command()
 def plan(
-    memory: Annotated[Optional[str], typer.Option(help="A device's budget, e.g. 6GiB.")] = None,
+    memory: Annotated[str | None, typer.Option(help="A device's budget, e.g. 6GiB.")] = None,
     floor: Annotated[
         str, typer.Option(help="What its training process needs before any model.")
     ] = "400MiB",
@@ -126,24 +132,30 @@ def plan(
 @app.command()
 def demo(
     model: Annotated[
-        Optional[Path], typer.Option(help="Hugging Face directory; the built-in small model if not given.")
+        Path | None,
+        typer.Option(help="Hugging Face directory; the built-in small model if not given."),
     ] = None,
     data: Annotated[
-        Optional[list[Path]],
-        typer.Option(help="JSONL or text; several files are one device each, one file is dealt out."),
+        list[Path] | None,
+        typer.Option(
+            help="JSONL or text; several files are one device each, one file is dealt out."
+        ),
     ] = None,
     num_rounds: Annotated[int, typer.Option(help="Rounds.")] = 10,
     max_steps: Annotated[int, typer.Option(help="Optimizer steps per device and round.")] = 4,
     batch_size: Annotated[int, typer.Option(help="Sequences per step.")] = 16,
     max_seq_length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 256,
     learning_rate: Annotated[
-        Optional[float], typer.Option(help="Of the first round; 5e-3 for the built-in model, else 1e-3.")
+        float | None,
+        typer.Option(help="Of the first round; 5e-3 for the built-in model, else 1e-3."),
     ] = None,
-    granularity: Annotated[str, typer.Option(help="layer (FedPruner) or component (FedPruner+).")] = "layer",
+    granularity: Annotated[
+        str, typer.Option(help="layer (FedPruner) or component (FedPruner+).")
+    ] = "layer",
     selection: Annotated[str, typer.Option(help="argmax, or sample as in the paper.")] = "argmax",
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     output_dir: Annotated[
-        Optional[Path], typer.Option(help="Folder of the run; runs/demo-<time> if not given.")
+        Path | None, typer.Option(help="Folder of the run; runs/demo-<time> if not given.")
     ] = None,
 ) -> None:
     """One coordinator and four agents with different memory budgets, on this machine, offline."""

@@ -92,7 +92,9 @@ def plan(reply: pb.PlanReply, budget_bytes: int) -> RenderableType:
         table.add_column(name)
     for row in reply.rows:
         needed = row.predicted_peak_bytes / (1 - reply.margin)
-        table.add_row(str(row.num_kept), format_bytes(row.predicted_peak_bytes), format_bytes(needed))
+        table.add_row(
+            str(row.num_kept), format_bytes(row.predicted_peak_bytes), format_bytes(needed)
+        )
     if not budget_bytes:
         return table
     kept, total = len(reply.components), reply.num_components_total

@@ -1,10 +1,11 @@
 """Which modules of a decoder layer make up its attention half and its ffn half.
 
-Traced, not tabulated: one forward pass on the meta device with hooks on every direct child of every
-layer. A child with matrices that is handed attention masks, positions or a cache is the attention
-core; the other children with matrices are the ffn core. A norm or dropout whose output is the core's
-input is `pre`, one fed by the core's output is `post`. This holds for dozens of architectures
-without naming one; `check` proves it for the model at hand before anything relies on it.
+Traced, not tabulated: one forward pass on the meta device with hooks on every direct child of
+every layer. A child with matrices that is handed attention masks, positions or a cache is the
+attention core; the other children with matrices are the ffn core. A norm or dropout whose output is
+the core's input is `pre`, one fed by the core's output is `post`. This holds for dozens of
+architectures without naming one; `check` proves it for the model at hand before anything relies on
+it.
 """
 
 import copy
@@ -328,7 +329,9 @@ def check(model: PreTrainedModel, anatomy: list[LayerAnatomy]) -> None:
     for index, (layer, parts) in enumerate(zip(decoder_layers(model), anatomy, strict=True)):
         name = f"{type(layer).__name__} {index}"
         if any(half.adds_residual for half in parts.halves.values()):
-            raise ModelError(f"{name} adds the residual inside a block and can't be pruned by halves")
+            raise ModelError(
+                f"{name} adds the residual inside a block and can't be pruned by halves"
+            )
         bare = copy.deepcopy(layer).eval()
         stub_halves(bare, parts, frozenset(Kind), index=None)
         left = [parameter for parameter, _ in bare.named_parameters()]

@@ -171,15 +171,19 @@ def _with_answer(
 def _conversation(
     messages: list[Any], tokenizer: PreTrainedTokenizerBase, place: str
 ) -> tuple[list[int], list[int]]:
-    """Tokens and labels of a conversation through the tokenizer's own template, loss on the assistant's turns."""
+    """Tokens and labels of a conversation through the tokenizer's own template."""
     if not tokenizer.chat_template:
-        raise DataError(f"{place}: 'messages' need a tokenizer with a chat template; this one has none")
+        raise DataError(
+            f"{place}: 'messages' need a tokenizer with a chat template; this one has none"
+        )
 
     def render(turns: list[Any], *, ask: bool) -> list[int]:
         try:
             text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask)
         except Exception as error:  # templates raise anything, jinja errors among them
-            raise DataError(f"{place}: the chat template refuses these messages: {error}") from error
+            raise DataError(
+                f"{place}: the chat template refuses these messages: {error}"
+            ) from error
         return _encode(str(text), tokenizer)
 
     ids = render(messages, ask=False)

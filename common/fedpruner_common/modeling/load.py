@@ -55,7 +55,9 @@ def pruned_class(
     silently re-initialises them for others.
     """
 
-    def __init__(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any
+    ) -> None:
         base.__init__(self, config, *args, **kwargs)
         apply_stubs(self, anatomy, skipped)
 

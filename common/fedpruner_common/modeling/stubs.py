@@ -54,7 +54,9 @@ class SkippedLayer(nn.Module):
 def _hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     if args and isinstance(args[0], torch.Tensor):
         return args[0]
-    hidden: torch.Tensor = next(kwargs[n] for n in ("hidden_states", "x", "hidden_state") if n in kwargs)
+    hidden: torch.Tensor = next(
+        kwargs[n] for n in ("hidden_states", "x", "hidden_state") if n in kwargs
+    )
     return hidden
 
 

@@ -40,8 +40,8 @@ def spectral_groups(similarity: Matrix, num_groups: int, *, seed: int) -> NDArra
 def _k_means(points: Matrix, num_groups: int, *, seed: int) -> NDArray[np.int64]:
     from sklearn.cluster import KMeans  # half a second to import, needed at planning only
 
-    labels = KMeans(n_clusters=num_groups, n_init=20, random_state=seed).fit(points).labels_
-    labels = labels.astype(np.int64)
+    fitted = KMeans(n_clusters=num_groups, n_init=20, random_state=seed).fit(points)
+    labels: NDArray[np.int64] = fitted.labels_.astype(np.int64)
     # Items that coincide can leave a cluster empty: split the largest one until there are enough.
     for label in range(num_groups):
         if not (labels == label).any():

@@ -23,7 +23,8 @@ def gram(features: NDArray[np.floating]) -> Matrix:
     """
     x = features.astype(np.float64)
     x /= np.sqrt((x * x).mean(axis=1, keepdims=True) + 1e-6)
-    return x @ x.T
+    product: Matrix = x @ x.T
+    return product
 
 
 def hsic1(k: Matrix, l: Matrix) -> float:  # noqa: E741 - the paper's names
@@ -34,7 +35,9 @@ def hsic1(k: Matrix, l: Matrix) -> float:  # noqa: E741 - the paper's names
     """
     n = len(k)
     if n < 4 or k.shape != l.shape:
-        raise ValueError(f"unbiased HSIC needs two equal shapes of at least 4, got {k.shape}, {l.shape}")
+        raise ValueError(
+            f"unbiased HSIC needs two equal shapes of at least 4, got {k.shape}, {l.shape}"
+        )
     k = k - np.diag(np.diag(k))
     l = l - np.diag(np.diag(l))  # noqa: E741
     trace = float((k * l).sum())
@@ -60,6 +63,6 @@ class CkaAccumulator:
     def matrix(self) -> Matrix:
         """CKA of every pair: symmetric, ones on the diagonal, within [0, 1]."""
         scale = np.sqrt(np.maximum(np.diag(self._hsic), 1e-12))
-        similarity = np.clip(self._hsic / np.outer(scale, scale), 0.0, 1.0)
+        similarity: Matrix = np.clip(self._hsic / np.outer(scale, scale), 0.0, 1.0)
         np.fill_diagonal(similarity, 1.0)
         return similarity

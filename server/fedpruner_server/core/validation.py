@@ -34,9 +34,7 @@ def check_metrics(metrics: UpdateMetrics) -> None:
             raise InvalidUpdate(f"{name} is {getattr(metrics, name)}, expected a finite number")
 
 
-def check_tensors(
-    expected: Mapping[str, tuple[int, int]], found: Mapping[str, TensorInfo]
-) -> None:
+def check_tensors(expected: Mapping[str, tuple[int, int]], found: Mapping[str, TensorInfo]) -> None:
     """Refuse an update that does not have exactly the tensors of its task, in float32.
 
     Args:
@@ -53,7 +51,9 @@ def check_tensors(
             raise InvalidUpdate(f"tensor {name} is missing")
         info = found[name]
         if info.shape != shape:
-            raise InvalidUpdate(f"tensor {name} has shape {list(info.shape)}, expected {list(shape)}")
+            raise InvalidUpdate(
+                f"tensor {name} has shape {list(info.shape)}, expected {list(shape)}"
+            )
         if info.dtype != "F32":
             raise InvalidUpdate(f"tensor {name} is {info.dtype}, expected F32")
 

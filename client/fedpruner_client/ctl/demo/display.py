@@ -1,5 +1,7 @@
 """Live progress: the rounds, the devices, what each one holds."""
 
+from typing import Any
+
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -19,7 +21,7 @@ class Display:
         )
         self._bar = self._progress.add_task("rounds", total=num_rounds)
         self._live = Live(console=console, refresh_per_second=4, transient=True)
-        self._printed: set[int] = set()
+        self._printed: list[int] = []
 
     def __enter__(self) -> "Display":
         if self._console.is_terminal:
@@ -30,29 +32,19 @@ class Display:
         if self._console.is_terminal:
             self._live.stop()
 
-    def update(
-        self, status: pb.StatusReply, devices: pb.DevicesReply, rounds: pb.RoundsReply
-    ) -> None:
+    def update(self, status: pb.StatusReply, devices: pb.DevicesReply) -> None:
         """Show the newest answers."""
-        closed = [r for r in rounds.rounds if r.phase == "abandoned" or r.HasField("loss")]
-        for item in closed:
-            if item.round not in self._printed:
-                self._printed.add(item.round)
-                self._console.print(_line(item, status))
-        self._progress.update(self._bar, completed=len(closed))
         if self._console.is_terminal:
-            view = Group(
-                Text(status.explanation, style="bold"), views.devices(devices), self._progress
-            )
-            self._live.update(view)
+            explanation = Text(status.explanation, style="bold")
+            self._live.update(Group(explanation, views.devices(devices), self._progress))
 
-
-def _line(item: pb.Round, status: pb.StatusReply) -> str:
-    if item.phase == "abandoned":
-        return f"round {item.round}: {item.explanation}"
-    stored = sum(client.outcome == "stored" for client in item.clients)
-    return (
-        f"round {item.round}/{status.num_rounds}: held-out loss {item.loss:.4f} "
-        f"(base {status.loss_base:.4f}), {stored} of {len(item.clients)} devices, "
-        f"{item.seconds:.0f} s"
-    )
+    def closed(self, rounds: list[dict[str, Any]]) -> None:
+        """Print the rounds that have closed since, from their lines in metrics.jsonl."""
+        for row in rounds[len(self._printed) :]:
+            self._printed.append(row["round"])
+            if row["eval_loss"] is None:
+                text = row["explanation"] or "not evaluated"
+            else:
+                text = f"held-out loss {row['eval_loss']:.4f}, {row['seconds']:.0f} s"
+            self._console.print(f"round {row['round']}: {text}")
+        self._progress.update(self._bar, completed=len(self._printed))

@@ -46,7 +46,7 @@ def bytecode() -> list[str]:
 
 
 def _functions() -> list[Callable[..., object]]:
-    functions = []
+    functions: list[Callable[..., object]] = []
     for name in _MODULES:
         module = importlib.import_module(name)
         for _, function in sorted(inspect.getmembers(module, inspect.isfunction)):
@@ -64,7 +64,9 @@ def _disassembled(function: Callable[..., object]) -> str:
 
 def characters() -> list[str]:
     named = [(c, unicodedata.name(chr(c), "")) for c in range(0x20, 0x3000)]
-    lines = [f"U+{code:04X} {unicodedata.category(chr(code))} {name}" for code, name in named if name]
+    lines = [
+        f"U+{code:04X} {unicodedata.category(chr(code))} {name}" for code, name in named if name
+    ]
     return ["\n".join(lines[start : start + 96]) for start in range(0, len(lines), 96)]
 
 

@@ -3,6 +3,7 @@
 import json
 import signal
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -15,7 +16,7 @@ from fedpruner_client.ctl.admin import AdminClient
 from fedpruner_client.ctl.demo import domains
 from fedpruner_client.ctl.demo.display import Display
 from fedpruner_client.ctl.demo.fleet import Fleet, Member
-from fedpruner_client.ctl.demo.summary import read_summary, show_summary
+from fedpruner_client.ctl.demo.summary import closed_rounds, read_summary, show_summary
 from fedpruner_client.ctl.demo.userdata import split_user_data
 from fedpruner_client.trainer import Trainer
 from fedpruner_common.errors import FedPrunerError, Unavailable
@@ -111,7 +112,7 @@ def _run(options: DemoOptions, run_dir: Path, fleet: Fleet, console: Console) ->
             *("--num-threads", "1"),
             *("--device", "cpu"),
         )
-    _watch(admin, fleet, server, console, options.num_rounds)
+    _watch(admin, fleet, server, run_dir / "server", Display(console, options.num_rounds))
     admin.close()
     summary = read_summary(run_dir / "server", budgets=dict(zip(names, budgets, strict=True)))
     path = run_dir / "summary.json"
@@ -180,7 +181,7 @@ def _server_config(options: DemoOptions, run_dir: Path, data: LocalData) -> Path
 
 
 def _measure_floor(run_dir: Path) -> int:
-    """What the agents will measure too, each for itself; needed here to choose budgets that bind."""
+    """What every agent will measure for itself; needed here to choose budgets that bind."""
     settings = AgentSettings(
         data=[run_dir], state_dir=run_dir / "agents" / "floor", device="cpu", num_threads=1
     )
@@ -220,15 +221,15 @@ def _plan_table(admin: AdminClient, fleet: Fleet, floor_bytes: int) -> pb.PlanRe
 
 
 def _watch(
-    admin: AdminClient, fleet: Fleet, server: Member, console: Console, num_rounds: int
+    admin: AdminClient, fleet: Fleet, server: Member, state_dir: Path, display: Display
 ) -> None:
     """Show progress until the coordinator has ended."""
-    with Display(console, num_rounds) as display:
+    with display:
         while server.process.poll() is None:
             fleet.check()
-            try:
-                display.update(admin.status(), admin.devices(), admin.rounds())
-            except Unavailable:
-                pass  # it is just ending
+            with suppress(Unavailable):  # it is just ending
+                display.update(admin.status(), admin.devices())
+            display.closed(closed_rounds(state_dir))
             time.sleep(_POLL_S)
-    fleet.check()
+        fleet.check()
+        display.closed(closed_rounds(state_dir))

@@ -49,7 +49,9 @@ def _rows(path: Path) -> list[str]:
 
 def _split(rows: list[str], path: Path) -> tuple[list[str], list[str]]:
     if len(rows) < _HELD_OUT_EVERY:
-        raise DataError(f"{path} has too few rows for a training and a held-out part on every device")
+        raise DataError(
+            f"{path} has too few rows for a training and a held-out part on every device"
+        )
     rows = list(rows)
     random.Random(0).shuffle(rows)
     train = [row for index, row in enumerate(rows) if index % _HELD_OUT_EVERY]
