@@ -20,7 +20,6 @@ from fedpruner_common.errors import (
     UnknownClient,
 )
 from fedpruner_common.log import get_logger
-from fedpruner_common.rpc import HEARTBEAT_INTERVAL_S
 from fedpruner_common.task import Task
 from fedpruner_common.units import format_bytes
 
@@ -60,7 +59,7 @@ class Heartbeat(threading.Thread):
 
     def run(self) -> None:
         refused = 0
-        while not self._stop.wait(HEARTBEAT_INTERVAL_S):
+        while not self._stop.wait(self._connection.heartbeat_interval_s):
             session, task_id = self._connection.session, self.task_id
             try:
                 wanted = self._connection.heartbeat(
@@ -127,8 +126,6 @@ class Agent:
                 return self._loop(connection, heartbeat)
             except Stopped:
                 self._log.info("stopping")
-                if heartbeat.task_id:
-                    _try_report(connection, heartbeat.task_id, "the agent was stopped")
                 return 0
             finally:
                 heartbeat.close()
@@ -192,6 +189,9 @@ class Agent:
         """Do one task, or tell the coordinator why not."""
         try:
             self._do(task, connection, heartbeat)
+        except Stopped:
+            _try_report(connection, task.task_id, "the agent was stopped")
+            raise
         except StaleRound as error:
             self._log.warning("too late", task=task.task_id, reason=str(error))
         except UnknownClient:

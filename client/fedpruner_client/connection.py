@@ -67,6 +67,7 @@ class Connection:
         self._channel = channel
         self._stub = FederationStub(channel)
         self._session = ""
+        self.heartbeat_interval_s = 1.0  # until the coordinator says
         self._registering = threading.Lock()
         self._log = get_logger()
 
@@ -93,6 +94,7 @@ class Connection:
                 lambda: self._stub.Register(request, timeout=rpc.UNARY_TIMEOUT_S), "join"
             )
             self._session = reply.session
+            self.heartbeat_interval_s = reply.heartbeat_interval_s
             return self._session
 
     @property

@@ -14,6 +14,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from safetensors.torch import load_file, save_file
+from transformers.pytorch_utils import Conv1D
 
 from fedpruner_common.errors import CorruptChunk, ModelError
 from fedpruner_common.manifest import TensorInfo
@@ -83,6 +84,7 @@ def add_adapter(model: Any, lora: LoraSettings, adapter_path: Path) -> PeftModel
         lora_alpha=lora.lora_alpha,
         lora_dropout=lora.lora_dropout,
         target_modules=list(lora.target_modules),
+        fan_in_fan_out=isinstance(model.get_submodule(lora.target_modules[0]), Conv1D),
         task_type="CAUSAL_LM",
     )
     peft_model = get_peft_model(model, config)
@@ -90,16 +92,23 @@ def add_adapter(model: Any, lora: LoraSettings, adapter_path: Path) -> PeftModel
         values = load_file(adapter_path)
     except Exception as error:  # safetensors has an exception of its own
         raise CorruptChunk(f"the adapter cannot be read: {error}") from error
-    expected = set(get_peft_model_state_dict(peft_model))
-    if set(values) != expected:
-        names = sorted(set(values) ^ expected)[:3]
+    expected = {name: value.shape for name, value in _adapter_state(peft_model).items()}
+    found = {name: value.shape for name, value in values.items()}
+    if found != expected:
+        names = sorted(name for name, _ in found.items() ^ expected.items())[:3]
         raise CorruptChunk(f"the adapter does not fit the submodel: {', '.join(names)}")
     set_peft_model_state_dict(peft_model, values)
     return peft_model
 
 
+def _adapter_state(model: PeftModel) -> dict[str, torch.Tensor]:
+    """The adapter's tensors by PEFT's names; without the embeddings, which nobody trains."""
+    state: dict[str, torch.Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return state
+
+
 def save_update(model: PeftModel, path: Path) -> None:
     """Write the trained adapter values, float32, in PEFT's spelling."""
-    state = get_peft_model_state_dict(model)
+    state = _adapter_state(model)
     tensors = {k: v.detach().to("cpu", torch.float32).contiguous() for k, v in state.items()}
     save_file(tensors, path, metadata={"format": "pt"})

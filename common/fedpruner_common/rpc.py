@@ -29,9 +29,8 @@ SERVER_OPTIONS = [
 UNARY_TIMEOUT_S = 30.0
 # How long a pull is held open. A quiet wait costs nothing; below NAT and proxy idle limits.
 PULL_WAIT_S = 20
-HEARTBEAT_INTERVAL_S = 5
-# Missed heartbeats before a device counts as lost: six, so that a busy 2-core board survives.
-LEASE_S = 30.0
+# Heartbeats in one lease: six, so that a busy 2-core board that misses a few is not lost.
+HEARTBEATS_PER_LEASE = 6
 # A stream with no message for this long is broken, however long the whole transfer takes.
 STREAM_IDLE_S = 60.0
 

@@ -57,6 +57,7 @@ class RunOptions(Section):
     clients_per_round: Annotated[int, Field(ge=0)] = 0  # 0: everyone available
     min_updates: PositiveInt = 1
     round_deadline_s: PositiveFloat = 3600.0
+    lease_s: PositiveFloat = 30.0  # without a heartbeat for so long, a device is lost
     max_abandoned_rounds: PositiveInt = 5  # in a row; then the run has failed
     evaluate_every: PositiveInt = 1
     save_every: PositiveInt = 10

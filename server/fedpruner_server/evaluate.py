@@ -35,7 +35,8 @@ class Evaluator:
             sequences = load_sequences([file], tokenizer, max_seq_length=max_seq_length)
             stride = -(-len(sequences) // max_sequences)
             chosen = sequences[::stride]
-            self._batches[file.stem] = [
+            name = file.stem if file.stem not in self._batches else str(file)
+            self._batches[name] = [
                 collate(chosen[start : start + _BATCH_SIZE], pad_token_id=pad_token_id(tokenizer))
                 for start in range(0, len(chosen), _BATCH_SIZE)
             ]

@@ -80,6 +80,8 @@ def export_run(state_dir: Path, output_dir: Path, *, merged: bool, model: Path |
     adapter_dir = next((path for path in candidates if path.is_dir()), None)
     if adapter_dir is None:
         raise ConfigError(f"{state_dir} has no adapter: no round of a run has finished there")
+    if output_dir.is_file():
+        raise ConfigError(f"{output_dir} is a file; nothing was written")
     if output_dir.exists() and any(output_dir.iterdir()):
         raise ConfigError(f"{output_dir} is not empty; nothing was written")
     if not merged:

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from fedpruner_common.errors import Unauthenticated, UnknownClient
-from fedpruner_common.rpc import LEASE_S
 
 
 class DeviceState(str, Enum):
@@ -45,8 +44,13 @@ class Device:
 
 @dataclass
 class Registry:
-    """All devices by client id."""
+    """All devices by client id.
 
+    Attributes:
+        lease_s: a device not heard of for so long is lost.
+    """
+
+    lease_s: float
     devices: dict[str, Device] = field(default_factory=dict)
 
     def register(
@@ -92,7 +96,7 @@ class Registry:
         return device
 
     def state(self, device: Device, *, now: float) -> DeviceState:
-        if now - device.last_seen > LEASE_S:
+        if now - device.last_seen > self.lease_s:
             return DeviceState.LOST
         return DeviceState.WORKING if device.task_id else DeviceState.IDLE
 

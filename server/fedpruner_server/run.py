@@ -1,7 +1,6 @@
 """One run from start to end: prepare, rounds, results. Reads as the method does.
 
-Carries out the effects that `core.round` asks for. Torch work happens in a child process, which
-stays warm as long as the run lasts.
+Carries out the effects that `core.round` asks for.
 """
 
 import asyncio
@@ -10,13 +9,10 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from fedpruner_common.child import Child
 from fedpruner_common.errors import BudgetTooSmall, ConfigError, RunFailed, StorageError
 from fedpruner_common.log import get_logger
 from fedpruner_common.spec import ModelSpec
-from fedpruner_server import specs
 from fedpruner_server.coordinator import Coordinator
 from fedpruner_server.core import round as rounds
 from fedpruner_server.core.aggregation import ClientUpdate, aggregate, initial_adapter
@@ -26,8 +22,7 @@ from fedpruner_server.core.round import Phase
 from fedpruner_server.core.statistics import Statistics
 from fedpruner_server.export import export_peft, read_adapter, write_adapter
 from fedpruner_server.registry import Device
-
-Json = dict[str, Any]
+from fedpruner_server.torch_worker import TorchWorker
 
 _TICK_S = 0.5
 _SETTLE_S = 1.0  # after the last needed device joined: others are often just behind
@@ -41,11 +36,7 @@ class Run:
         self._settings = coordinator.settings
         self._storage = coordinator.storage
         self._log = get_logger()
-        self._torch = Child(
-            "fedpruner_server.torch_jobs",
-            log_path=self._storage.state_dir / "torch_jobs.log",
-            env={"FEDPRUNER_NUM_THREADS": str(self._settings.num_threads)},
-        )
+        self._torch = TorchWorker(coordinator.settings, coordinator.storage, coordinator.blocks)
 
     async def conduct(self) -> None:
         """Prepare, go through the rounds, leave the results.
@@ -67,108 +58,48 @@ class Run:
                     return
         finally:
             ticking.cancel()
-            await asyncio.to_thread(self._torch.close)
+            await self._torch.close()
 
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(_TICK_S)
             self._c.tick()
 
-    # Before the first round
-
     async def _prepare(self) -> None:
         """Facts of the model, layer statistics, the initial adapter, the base model's loss."""
-        settings, storage, blocks = self._settings, self._storage, self._c.blocks
-        identity = {
-            "tensors": sorted(info.hash for info in blocks.tensors.values()),
-            "lora": settings.lora.model_dump(),
-            "seed": settings.run.seed,
-        }
-        self._check_same_run(identity)
-        shape: Json = {
-            "model": str(blocks.model_dir),
-            "lora": settings.lora.model_dump(),
-            "training": settings.training.model_dump(),
-        }
-        tensors = [{**vars(info), "shape": list(info.shape)} for info in blocks.tensors.values()]
+        settings, storage = self._settings, self._storage
+        self._check_same_run()
         self._c.tell("preparing", "tracing the base model")
-        described = await self._cached_job("describe", {**shape, "tensors": tensors})
-        spec = specs.spec_from_json(described)
+        spec = await self._torch.describe()
         try:
             self._c.plan_settings().protected(spec.num_layers)
         except ValueError as error:
             raise ConfigError(f"setting plan.{error}") from error
         self._c.tell("preparing", "measuring how alike the layers are and what each is worth")
-        self._c.statistics = await self._probe()
+        self._c.statistics = await self._torch.probe()
         if not storage.adapter_path(0).exists():
             adapter = initial_adapter(spec.adapter_shapes(settings.lora.r), seed=settings.run.seed)
             await asyncio.to_thread(write_adapter, adapter, storage.adapter_path(0))
         if settings.data.eval:
             self._c.tell("preparing", "evaluating the base model")
-            base_losses = storage.fact("losses_base") or await self._evaluate(None)
-            storage.remember("losses_base", base_losses)
-            self._c.note_losses(0, base_losses)
+            self._c.note_losses(0, await self._torch.evaluate(None))
         self._c.spec = spec  # from here on devices that are too small are told so
         self._c.tell("waiting", "ready")
 
-    def _check_same_run(self, identity: Json) -> None:
+    def _check_same_run(self) -> None:
         """Refuse a state directory whose adapter belongs to another model or LoRA shape."""
-        text = json.dumps(identity, sort_keys=True)
-        digest = hashlib.sha256(text.encode()).hexdigest()
-        known = self._storage.fact("run")
-        if known not in (None, digest):
+        identity = {
+            "tensors": sorted(info.hash for info in self._c.blocks.tensors.values()),
+            "lora": self._settings.lora.model_dump(),
+            "seed": self._settings.run.seed,
+        }
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        if self._storage.fact("run") not in (None, digest):
             raise StorageError(
                 f"{self._storage.state_dir} holds a run with another base model, LoRA settings or "
                 "seed; give another --state-dir, or delete it to start over"
             )
         self._storage.remember("run", digest)
-
-    async def _probe(self) -> Statistics:
-        settings = self._settings
-        calibration = settings.data.calibration or settings.data.eval
-        if not calibration:
-            raise ConfigError(
-                "no text to measure the layers on: set data.calibration (--calibration-data) to "
-                "some public text, .jsonl or plain; a few thousand words are enough"
-            )
-        result = await self._cached_job(
-            "probe",
-            {
-                "model": str(self._c.blocks.model_dir),
-                "calibration": [str(path) for path in calibration],
-                "granularity": settings.plan.granularity.value,
-                "score": settings.plan.importance,
-                "max_seq_length": settings.training.max_seq_length,
-                "num_sequences": settings.data.num_calibration_sequences,
-                "seed": settings.run.seed,
-            },
-        )
-        return specs.statistics_from_json(result)
-
-    async def _job(self, job: str, arguments: Json) -> Json:
-        return await asyncio.to_thread(self._torch.call, job, arguments)
-
-    async def _cached_job(self, job: str, arguments: Json) -> Json:
-        """A torch job whose result is remembered for the same arguments."""
-        text = json.dumps(arguments, sort_keys=True)
-        key = f"{job} {hashlib.sha256(text.encode()).hexdigest()}"
-        result: Json = self._storage.fact(key) or await self._job(job, arguments)
-        self._storage.remember(key, result)
-        return result
-
-    async def _evaluate(self, adapter_dir: Path | None) -> dict[str, float]:
-        settings = self._settings
-        arguments = {
-            "model": str(self._c.blocks.model_dir),
-            "files": [str(path) for path in settings.data.eval],
-            "max_seq_length": settings.training.max_seq_length,
-            "max_sequences": settings.data.max_eval_sequences,
-            "adapter": str(adapter_dir) if adapter_dir else None,
-        }
-        losses: dict[str, float] = (await self._job("evaluate", arguments))["losses"]
-        return losses
-
-    # Rounds
 
     async def _open_round(self, number: int) -> None:
         """Wait for enough devices, choose who takes part, plan, hand out."""
@@ -268,7 +199,7 @@ class Run:
             adapter_dir = self._storage.peft_dir("latest")
             self._export(adapter_dir)
             if self._settings.data.eval and (last or number % run.evaluate_every == 0):
-                losses = await self._evaluate(adapter_dir)
+                losses = await self._torch.evaluate(adapter_dir)
                 self._storage.append(number, "Evaluated", {"losses": losses})
                 self._c.note_losses(number, losses)
             if number % run.save_every == 0:

@@ -13,10 +13,11 @@ from fedpruner_common.chunks import ChunkWriter, read_chunks
 from fedpruner_common.errors import CorruptChunk, InvalidUpdate
 from fedpruner_common.pb import federation_pb2 as pb
 from fedpruner_common.pb.federation_pb2_grpc import FederationServicer
-from fedpruner_common.rpc import HEARTBEAT_INTERVAL_S, STREAM_IDLE_S
+from fedpruner_common.rpc import HEARTBEATS_PER_LEASE, STREAM_IDLE_S
 from fedpruner_common.task import Task
-from fedpruner_server.coordinator import Coordinator, Waiting
+from fedpruner_server.coordinator import Coordinator
 from fedpruner_server.core.validation import max_update_bytes
+from fedpruner_server.tasks import Tasks, Waiting
 from fedpruner_server.tensorfile import slice_chunks
 
 # Becomes a file name and a label in logs and metrics.
@@ -28,31 +29,34 @@ class Federation(FederationServicer):
     """The agents' service."""
 
     def __init__(self, coordinator: Coordinator) -> None:
-        self._c = coordinator
+        self._tasks = Tasks(coordinator)
+        self._blocks = coordinator.blocks
+        self._storage = coordinator.storage
 
     async def Register(self, request: pb.RegisterRequest, _: Any) -> pb.RegisterReply:
         if not _CLIENT_ID.fullmatch(request.client_id):
             raise InvalidUpdate(
                 f"client id {request.client_id[:80]!r}: expected 1 to 64 letters, digits, '_.-'"
             )
-        device = self._c.register(
+        device = self._tasks.register(
             request.client_id,
             memory_budget_bytes=request.memory_budget_bytes,
             floor_bytes=request.floor_bytes,
             memory_kind=request.memory_kind,
         )
-        return pb.RegisterReply(session=device.session, heartbeat_interval_s=HEARTBEAT_INTERVAL_S)
+        interval_s = self._tasks.lease_s / HEARTBEATS_PER_LEASE
+        return pb.RegisterReply(session=device.session, heartbeat_interval_s=interval_s)
 
     async def Heartbeat(self, request: pb.HeartbeatRequest, _: Any) -> pb.HeartbeatReply:
-        device = self._c.device(request.client_id, request.session)
+        device = self._tasks.device(request.client_id, request.session)
         device.activity = request.activity[:80]
         device.step, device.num_steps = request.step, request.num_steps
         device.train_loss = request.train_loss or device.train_loss
-        return pb.HeartbeatReply(task_id=self._c.still_wanted(device, request.task_id))
+        return pb.HeartbeatReply(task_id=self._tasks.still_wanted(device, request.task_id))
 
     async def PullTask(self, request: pb.PullTaskRequest, _: Any) -> pb.PullTaskReply:
-        device = self._c.device(request.client_id, request.session)
-        answer = await self._c.pull(device, request.wait_s)
+        device = self._tasks.device(request.client_id, request.session)
+        answer = await self._tasks.pull(device, request.wait_s)
         if isinstance(answer, Task):
             return pb.PullTaskReply(task=convert.task_to_pb(answer))
         if isinstance(answer, Waiting):
@@ -60,54 +64,56 @@ class Federation(FederationServicer):
         return pb.PullTaskReply(finished=answer.reason)
 
     async def FetchBlobs(self, request: pb.FetchBlobsRequest, _: Any) -> AsyncIterator[pb.Chunk]:
-        device = self._c.device(request.client_id, request.session)
+        device = self._tasks.device(request.client_id, request.session)
         if len(request.blobs) > _MAX_BLOBS_PER_CALL:
             raise InvalidUpdate(
                 f"{len(request.blobs)} blobs in one call, at most {_MAX_BLOBS_PER_CALL}"
             )
         for index, blob in enumerate(request.blobs):
             for chunk in read_chunks(
-                self._c.blocks.locate(blob.hash), blob=index, offset=blob.offset
+                self._blocks.locate(blob.hash), blob=index, offset=blob.offset
             ):
-                self._c.count_down(device, base=len(chunk.data))
+                self._tasks.count_down(device, base=len(chunk.data))
                 yield chunk
 
     async def FetchAdapter(
         self, request: pb.FetchAdapterRequest, _: Any
     ) -> AsyncIterator[pb.Chunk]:
-        device = self._c.device(request.client_id, request.session)
-        path, shapes = self._c.adapter_of(device, request.task_id)
+        device = self._tasks.device(request.client_id, request.session)
+        path, shapes = self._tasks.adapter_of(device, request.task_id)
         for chunk in slice_chunks(path, map(to_peft, shapes)):
-            self._c.count_down(device, adapter=len(chunk.data))
+            self._tasks.count_down(device, adapter=len(chunk.data))
             yield chunk
 
     async def PushUpdate(
         self, requests: AsyncIterator[pb.PushUpdateRequest], _: Any
     ) -> pb.PushUpdateReply:
         header = (await _next_message(requests)).header
-        device = self._c.device(header.client_id, header.session)
-        if not self._c.check_update(device, task_id=header.task_id, round_number=header.round):
+        device = self._tasks.device(header.client_id, header.session)
+        if not self._tasks.check_update(device, task_id=header.task_id, round_number=header.round):
             return pb.PushUpdateReply()  # stored before: the agent did not hear the answer
-        _, shapes = self._c.adapter_of(device, header.task_id)
+        _, shapes = self._tasks.adapter_of(device, header.task_id)
         limit = max_update_bytes(shapes)
         if header.num_bytes > limit:
             raise InvalidUpdate(
                 f"an update of {header.num_bytes} bytes, at most {limit} for this task"
             )
-        folder = self._c.storage.update_path(header.round, device.client_id).parent
+        folder = self._storage.update_path(header.round, device.client_id).parent
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".incoming-") as temporary:
             received = Path(temporary) / "update"
             await _receive(requests, received, num_bytes=header.num_bytes)
             metrics = convert.metrics_from_header(header)
-            await self._c.store_update(device, received, task_id=header.task_id, metrics=metrics)
+            await self._tasks.store_update(
+                device, received, task_id=header.task_id, metrics=metrics
+            )
         return pb.PushUpdateReply()
 
     async def ReportFailure(
         self, request: pb.ReportFailureRequest, _: Any
     ) -> pb.ReportFailureReply:
-        device = self._c.device(request.client_id, request.session)
-        self._c.task_failed(device, task_id=request.task_id, reason=request.reason[:500])
+        device = self._tasks.device(request.client_id, request.session)
+        self._tasks.task_failed(device, task_id=request.task_id, reason=request.reason[:500])
         return pb.ReportFailureReply()
 
 

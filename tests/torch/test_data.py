@@ -1,4 +1,4 @@
-"""Local text becomes token sequences; expected ids by hand: the tokenizer is one token a character."""
+"""Local text becomes token sequences; ids by hand, since the tokenizer is one token a character."""
 
 import json
 from pathlib import Path

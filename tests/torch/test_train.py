@@ -1,4 +1,4 @@
-"""Local training: the adapter learns, nothing else changes, and the same text gives the same update."""
+"""Local training: the adapter learns, nothing else changes, and the order is reproducible."""
 
 import warnings
 from collections.abc import Callable
@@ -75,7 +75,7 @@ def run(
         order=order,
         pad_token_id=PAD,
         device=CPU,
-        on_step=lambda step, loss: None,
+        on_step=lambda *_: None,
     )
 
 
@@ -138,15 +138,17 @@ def test_accumulating_two_batches_of_two_equals_one_batch_of_four(
     llama: TinyModel, adapted: Callable[..., Any], sequences: list[TokenSequence]
 ) -> None:
     four, two_twice, two = adapted(llama), adapted(llama), adapted(llama)
-    whole = run(four, SETTINGS, sequences)
-    halves = replace(SETTINGS, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    # AdamW scales a gradient of rounding errors up to a step of the learning rate: keep it small.
+    settings = replace(SETTINGS, learning_rate=1e-3)
+    whole = run(four, settings, sequences)
+    halves = replace(settings, per_device_train_batch_size=2, gradient_accumulation_steps=2)
     accumulated = run(two_twice, halves, sequences)
     assert largest_difference(adapter_of(four), adapter_of(two_twice)) < 1e-5
     assert accumulated.num_tokens == whole.num_tokens
     assert accumulated.loss_last == pytest.approx(whole.loss_last, rel=1e-5)
     # Negative control: half the data is another update.
-    run(two, replace(SETTINGS, per_device_train_batch_size=2), sequences)
-    assert largest_difference(adapter_of(four), adapter_of(two)) > 1e-3
+    run(two, replace(settings, per_device_train_batch_size=2), sequences)
+    assert largest_difference(adapter_of(four), adapter_of(two)) > 1e-4
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "gpt_neox"])

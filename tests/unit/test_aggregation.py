@@ -79,7 +79,7 @@ def test_sums_are_taken_in_float64():
         (ClientUpdate("eve", -3, {"y": array(1)}), "eve: num_examples is -3"),
         (ClientUpdate("eve", 1, {"nope": array(1)}), "eve: nope"),
         (ClientUpdate("eve", 1, {"y": array(1, 2)}), "eve: y"),
-        (ClientUpdate("eve", 1, {"y": np.float32(1).reshape(())}), "eve: y"),
+        (ClientUpdate("eve", 1, {"y": np.array(1, dtype=np.float32)}), "eve: y"),
     ],
 )
 def test_an_update_that_does_not_fit_the_adapter_is_refused(update, reason):

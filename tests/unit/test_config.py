@@ -1,4 +1,7 @@
+import os
+
 import pytest
+from pydantic import ValidationError
 
 from fedpruner_common.config import load
 from fedpruner_common.errors import ConfigError
@@ -10,8 +13,6 @@ FLAGS = {"model": "some-model"}
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch):
-    import os
-
     for name in [name for name in os.environ if name.startswith("FEDPRUNER_SERVER_")]:
         monkeypatch.delenv(name)
 
@@ -54,7 +55,7 @@ def test_a_file_alone_is_enough(config_file):
     assert plan.protect == (0,)
 
 
-def test_two_files_in_a_row_do_not_mix(config_file, tmp_path):
+def test_two_files_in_a_row_do_not_mix(config_file):
     load(ServerSettings, config_file("[run]\nnum_rounds = 7\n"), FLAGS)
     assert load(ServerSettings, None, FLAGS).run.num_rounds == 20
 
@@ -119,8 +120,6 @@ def test_a_config_file_that_is_not_toml_is_an_error(config_file):
 
 
 def test_settings_cannot_change_once_read():
-    from pydantic import ValidationError
-
     settings = load(ServerSettings, None, FLAGS)
     with pytest.raises(ValidationError, match="frozen"):
         settings.run.num_rounds = 3

@@ -187,7 +187,7 @@ def test_no_plan_is_predicted_to_need_more_than_the_budget_less_the_margin(setti
     rng = Random(0)
     settings = replace(settings, margin=0.05)
     planned = 0
-    for _ in range(25):
+    for _ in range(8):
         memory = random_memory(rng, 4, checkpointing=checkpointing)
         spec = toy_spec(4, memory)
         least = predicted_peak_bytes(memory, (), floor_bytes=FLOOR) / MIB
@@ -195,7 +195,7 @@ def test_no_plan_is_predicted_to_need_more_than_the_budget_less_the_margin(setti
         statistics = toy_statistics(
             tuple(rng.random() for _ in range(4)), granularity=settings.granularity
         )
-        for share in (0.5, 0.7, 0.9, 1.1):
+        for share in (0.6, 0.8, 1.0):
             budget_mib = least + share * (most - least)
             try:
                 result = plan(budget_mib, settings, spec, statistics)
@@ -203,7 +203,7 @@ def test_no_plan_is_predicted_to_need_more_than_the_budget_less_the_margin(setti
                 continue
             planned += 1
             assert result.predicted_peak_bytes <= budget_mib * MIB * 0.95
-    assert planned >= 10
+    assert planned >= 5
 
 
 def test_a_layer_that_is_light_but_needs_much_for_its_backward_is_not_underestimated():

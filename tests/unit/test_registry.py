@@ -8,7 +8,7 @@ GIB = 1 << 30
 
 @pytest.fixture
 def registry():
-    return Registry()
+    return Registry(lease_s=30.0)
 
 
 def join(registry, client_id="a", now=0.0, budget=GIB):
@@ -55,7 +55,6 @@ def test_registering_again_keeps_the_counts_and_takes_the_new_offer(registry):
 
 def test_a_device_is_lost_after_its_lease_and_back_with_its_next_call(registry):
     device = join(registry, now=100.0)
-    # The lease is 30 s.
     assert registry.state(device, now=130.0) is DeviceState.IDLE
     assert registry.state(device, now=130.1) is DeviceState.LOST
     registry.authenticate("a", device.session, now=131.0)

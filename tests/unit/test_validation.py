@@ -42,7 +42,7 @@ def test_an_unknown_name_another_shape_or_another_dtype_is_refused(change, reaso
 
 
 def test_a_missing_tensor_is_refused():
-    with pytest.raises(InvalidUpdate, match="tensor m.lora_B is missing"):
+    with pytest.raises(InvalidUpdate, match=r"tensor m\.lora_B is missing"):
         check_tensors(EXPECTED, {"m.lora_A": FOUND["m.lora_A"]})
 
 

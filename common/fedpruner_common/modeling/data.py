@@ -138,7 +138,9 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 place = f"{path}, line {number}"
                 try:
                     row = json.loads(line)
-                except json.JSONDecodeError as error:
+                    if "\\ud" in line.lower():  # perhaps half a surrogate pair, which is no text
+                        json.dumps(row, ensure_ascii=False).encode()
+                except (ValueError, RecursionError) as error:  # also huge numbers, half characters
                     raise DataError(f"{place}: not JSON: {error}") from error
                 if not isinstance(row, dict):
                     raise DataError(f"{place}: expected a JSON object, got {type(row).__name__}")

@@ -25,8 +25,8 @@ class RegisterReply(_message.Message):
     SESSION_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_INTERVAL_S_FIELD_NUMBER: _ClassVar[int]
     session: str
-    heartbeat_interval_s: int
-    def __init__(self, session: _Optional[str] = ..., heartbeat_interval_s: _Optional[int] = ...) -> None: ...
+    heartbeat_interval_s: float
+    def __init__(self, session: _Optional[str] = ..., heartbeat_interval_s: _Optional[float] = ...) -> None: ...
 
 class HeartbeatRequest(_message.Message):
     __slots__ = ("client_id", "session", "activity", "step", "num_steps", "train_loss", "task_id")

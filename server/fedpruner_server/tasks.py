@@ -1,0 +1,254 @@
+"""What an agent gets and gives in a round: its task, its part of the adapter, its update.
+
+Answers from the coordinator's state; every change of it goes through `Coordinator.apply`.
+"""
+
+import asyncio
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from fedpruner_common.adapters import from_peft
+from fedpruner_common.components import ComponentId
+from fedpruner_common.errors import BudgetTooSmall, InvalidUpdate, ModelError, StaleRound
+from fedpruner_common.log import get_logger
+from fedpruner_common.rpc import PULL_WAIT_S
+from fedpruner_common.submodel import Submodel
+from fedpruner_common.task import LoraSettings, Task, TrainingSettings, UpdateMetrics
+from fedpruner_server.coordinator import Coordinator
+from fedpruner_server.core import round as rounds
+from fedpruner_server.core import validation
+from fedpruner_server.core.planning import fit
+from fedpruner_server.core.round import Outcome, Phase
+from fedpruner_server.core.schedule import learning_rate
+from fedpruner_server.export import read_adapter
+from fedpruner_server.history import ClientRecord
+from fedpruner_server.registry import Device
+from fedpruner_server.storage import make_durable
+from fedpruner_server.tensorfile import read_header
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """No task yet, and why."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Finished:
+    """No task ever again, and how the run ended."""
+
+    reason: str
+
+
+class Tasks:
+    """The agents' side of a coordinator."""
+
+    def __init__(self, coordinator: Coordinator) -> None:
+        self._c = coordinator
+        self.lease_s = coordinator.registry.lease_s
+        self._log = get_logger()
+
+    def register(
+        self, client_id: str, *, memory_budget_bytes: int, floor_bytes: int, memory_kind: str
+    ) -> Device:
+        device = self._c.registry.register(
+            client_id,
+            memory_budget_bytes=memory_budget_bytes,
+            floor_bytes=floor_bytes,
+            memory_kind=memory_kind,
+            now=time.monotonic(),
+        )
+        self._log.info("device joined", client=client_id, budget_bytes=memory_budget_bytes)
+        self._c.wake()
+        return device
+
+    def device(self, client_id: str, session: str) -> Device:
+        """The device behind a call."""
+        return self._c.registry.authenticate(client_id, session, now=time.monotonic())
+
+    async def pull(self, device: Device, wait_s: float) -> Task | Waiting | Finished:
+        """The device's task; waits for one at most `wait_s`.
+
+        Raises:
+            BudgetTooSmall: no submodel fits this device.
+        """
+        deadline = time.monotonic() + min(wait_s, PULL_WAIT_S)
+        while True:
+            answer = self._next_for(device)
+            left = deadline - time.monotonic()
+            if not isinstance(answer, Waiting) or left <= 0:
+                return answer
+            await self._c.changed(left)
+            device.last_seen = time.monotonic()
+
+    def _next_for(self, device: Device) -> Task | Waiting | Finished:
+        device.task_id = ""
+        if self._c.state in ("finished", "failed"):
+            device.told_finished = True
+            device.activity = "done"
+            return Finished(self._c.explanation)
+        self._check_fits(device)
+        if self._c.round is not None and self._c.round.phase is Phase.TRAINING:
+            state = self._c.round.tasks.get(device.client_id)
+            if state is not None and state.outcome in (Outcome.WORKING, Outcome.LOST):
+                device.task_id = state.task_id
+                return self._task(device)
+        device.activity = "waiting"
+        return Waiting(self._c.explanation)
+
+    def _check_fits(self, device: Device) -> None:
+        if self._c.spec is None:
+            return
+        try:
+            fit(
+                self._c.spec,
+                self._c.plan_settings(),
+                budget_bytes=device.memory_budget_bytes,
+                floor_bytes=device.floor_bytes,
+            )
+        except BudgetTooSmall as error:
+            device.unfit = device.last_failure = str(error)
+            raise
+
+    def _task(self, device: Device) -> Task:
+        """The task of a client in the current round, from what the journal says of it."""
+        assert self._c.round is not None
+        assert self._c.spec is not None
+        number, training = self._c.round.number, self._c.settings.training
+        record = self._c.history[number].clients[device.client_id]
+        submodel = Submodel.of(self._c.spec.num_layers, map(ComponentId.parse, record.components))
+        device.components = record.components
+        device.predicted_peak_bytes = record.predicted_peak_bytes
+        lora = self._c.settings.lora
+        return Task(
+            task_id=device.task_id,
+            round=number,
+            submodel=submodel,
+            tensors=tuple(self._c.blocks.tensors[n] for n in self._c.spec.tensor_names(submodel)),
+            files=self._c.blocks.files,
+            lora=LoraSettings(
+                r=lora.r,
+                lora_alpha=lora.lora_alpha,
+                lora_dropout=lora.lora_dropout,
+                target_modules=tuple(t.module for t in self._c.spec.targets(submodel.components)),
+            ),
+            training=TrainingSettings(
+                learning_rate=learning_rate(
+                    training.learning_rate,
+                    round_number=number,
+                    num_rounds=self._c.settings.run.num_rounds,
+                    kind=training.lr_scheduler_type,
+                ),
+                seed=self._c.settings.run.seed * 1_000_003 + number,
+                **training.model_dump(exclude={"learning_rate", "lr_scheduler_type"}),
+            ),
+            predicted_peak_bytes=record.predicted_peak_bytes,
+        )
+
+    def still_wanted(self, device: Device, task_id: str) -> str:
+        """The task a device says it works on, or nothing if its work would be in vain."""
+        state = self._c.round.tasks.get(device.client_id) if self._c.round else None
+        wanted = (
+            self._c.round is not None
+            and self._c.round.phase is Phase.TRAINING
+            and state is not None
+            and state.task_id == task_id
+            and state.outcome in (Outcome.WORKING, Outcome.LOST)
+        )
+        device.task_id = task_id if wanted else ""
+        return device.task_id
+
+    def client_record(self, device: Device, task_id: str) -> ClientRecord:
+        """The record of the device's task in the current round.
+
+        Raises:
+            StaleRound: the task is not its task of the current round.
+        """
+        if self._c.round is None or self._c.spec is None:
+            raise StaleRound("no round has begun")
+        state = self._c.round.tasks.get(device.client_id)
+        if state is None or state.task_id != task_id:
+            raise StaleRound(f"task {task_id[:80]!r} is not part of round {self._c.round.number}")
+        return self._c.history[self._c.round.number].clients[device.client_id]
+
+    def adapter_of(self, device: Device, task_id: str) -> tuple[Path, dict[str, tuple[int, int]]]:
+        """The file of the global adapter, and name -> shape of the task's part of it."""
+        record = self.client_record(device, task_id)
+        assert self._c.spec is not None
+        components = map(ComponentId.parse, record.components)
+        shapes = self._c.spec.adapter_shapes(self._c.settings.lora.r, components)
+        return self._c.storage.adapter_path(self._c.adapter_round), shapes
+
+    def count_down(self, device: Device, *, base: int = 0, adapter: int = 0) -> None:
+        """Count bytes sent to a device, also for its task of the current round."""
+        device.bytes_down += base + adapter
+        if self._c.round is not None:
+            record = self._c.history[self._c.round.number].clients.get(device.client_id)
+            if record is not None:
+                record.base_bytes_down += base
+                record.adapter_bytes_down += adapter
+
+    def check_update(self, device: Device, *, task_id: str, round_number: int) -> bool:
+        """Whether the device's update still has to travel.
+
+        Raises:
+            StaleRound: it comes too late, or is not this device's.
+        """
+        if self._c.round is None or self._c.round.number != round_number:
+            current = self._c.round.number if self._c.round else 0
+            raise StaleRound(f"an update for round {round_number}; the current one is {current}")
+        return rounds.check_accepts(self._c.round, client_id=device.client_id, task_id=task_id)
+
+    async def store_update(
+        self, device: Device, received: Path, *, task_id: str, metrics: UpdateMetrics
+    ) -> None:
+        """Judge a received update, make it durable and count it.
+
+        Raises:
+            InvalidUpdate: it is not what the task asked for.
+            StaleRound: the round ended meanwhile.
+        """
+        validation.check_metrics(metrics)
+        assert self._c.round is not None
+        number = self._c.round.number
+        _, shapes = self.adapter_of(device, task_id)
+        await asyncio.to_thread(_check_update_file, received, shapes)
+        if not self.check_update(device, task_id=task_id, round_number=number):
+            return
+        final = self._c.storage.update_path(number, device.client_id)
+        make_durable(received, final)
+        bytes_up = final.stat().st_size
+        device.measured_peak_bytes = metrics.measured_peak_bytes
+        device.train_loss = metrics.train_loss_last
+        device.bytes_up += bytes_up
+        device.task_id = ""
+        event = rounds.UpdateStored(device.client_id)
+        self._c.apply(event, metrics=asdict(metrics), bytes_up=bytes_up)
+        self._log.info(
+            "update stored",
+            client=device.client_id,
+            round=number,
+            train_loss=round(metrics.train_loss_last, 4),
+        )
+
+    def task_failed(self, device: Device, *, task_id: str, reason: str) -> None:
+        """Take note that a device cannot do its task."""
+        self.client_record(device, task_id)
+        device.last_failure = reason
+        device.task_id = ""
+        self._log.warning("task failed", client=device.client_id, reason=reason)
+        self._c.apply(rounds.TaskFailed(device.client_id, reason))
+
+
+def _check_update_file(path: Path, shapes: dict[str, tuple[int, int]]) -> None:
+    """Names and shapes from the header first, values only then."""
+    try:
+        found = {from_peft(key): t.info for key, t in read_header(path).items()}
+    except (ModelError, ValueError) as error:
+        raise InvalidUpdate(
+            f"the update is not a safetensors file of LoRA weights: {error}"
+        ) from error
+    validation.check_tensors(shapes, found)
+    validation.check_values(read_adapter(path))

@@ -1,0 +1,344 @@
+"""Everything an agent could send instead of an update: a clear error, and the run goes on."""
+
+import json
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from programs import Program, address_of, server_config
+from safetensors.numpy import load as load_safetensors
+from safetensors.numpy import save as save_safetensors
+
+from fedpruner_common import rpc
+from fedpruner_common.chunks import CHUNK_BYTES, make_chunk
+from fedpruner_common.errors import (
+    CorruptChunk,
+    FedPrunerError,
+    InvalidUpdate,
+    NotFound,
+    StaleRound,
+    Unauthenticated,
+    UnknownClient,
+)
+from fedpruner_common.pb import federation_pb2 as pb
+from fedpruner_common.pb.federation_pb2_grpc import FederationStub
+from fedpruner_common.status import error_of
+
+GIB = 1 << 30
+
+
+class FakeAgent:
+    """An agent without a model: it can say anything."""
+
+    def __init__(self, address: str, client_id: str) -> None:
+        self.client_id = client_id
+        self.channel = grpc.insecure_channel(address, options=rpc.CHANNEL_OPTIONS)
+        self.stub = FederationStub(self.channel)
+        reply = self.call(
+            self.stub.Register,
+            pb.RegisterRequest(
+                client_id=client_id,
+                memory_budget_bytes=4 * GIB,
+                floor_bytes=GIB,
+                memory_kind="rss",
+            ),
+        )
+        self.session = reply.session
+        self.task = pb.Task()
+
+    @staticmethod
+    def call(method: Any, request: Any) -> Any:
+        try:
+            return method(request, timeout=30)
+        except grpc.RpcError as error:
+            raise error_of(error) from None
+
+    def pull(self) -> pb.PullTaskReply:
+        request = pb.PullTaskRequest(client_id=self.client_id, session=self.session, wait_s=15)
+        return self.call(self.stub.PullTask, request)
+
+    def next_task(self) -> pb.Task:
+        while True:
+            reply = self.pull()
+            assert reply.WhichOneof("reply") != "finished", reply
+            if reply.WhichOneof("reply") == "task":
+                self.task = reply.task
+                return reply.task
+
+    def adapter(self) -> dict[str, np.ndarray]:
+        request = pb.FetchAdapterRequest(
+            client_id=self.client_id, session=self.session, task_id=self.task.task_id
+        )
+        return load_safetensors(b"".join(c.data for c in self.stub.FetchAdapter(request)))
+
+    def header(self, num_bytes: int, **fields: Any) -> pb.UpdateHeader:
+        values: dict[str, Any] = {
+            "client_id": self.client_id,
+            "session": self.session,
+            "task_id": self.task.task_id,
+            "round": self.task.round,
+            "num_examples": 10,
+            "num_tokens": 100,
+            "train_loss_first": 2.0,
+            "train_loss_last": 1.0,
+            "measured_peak_bytes": GIB,
+            "num_bytes": num_bytes,
+            "train_s": 1.0,
+            **fields,
+        }
+        return pb.UpdateHeader(**values)
+
+    def push(self, data: bytes, *, promised: int | None = None, **fields: Any) -> None:
+        def messages() -> Iterator[pb.PushUpdateRequest]:
+            num_bytes = len(data) if promised is None else promised
+            yield pb.PushUpdateRequest(header=self.header(num_bytes, **fields))
+            for offset in range(0, len(data), CHUNK_BYTES):
+                chunk = make_chunk(data[offset : offset + CHUNK_BYTES], blob=0, offset=offset)
+                yield pb.PushUpdateRequest(chunk=chunk)
+
+        self.call(self.stub.PushUpdate, messages())
+
+
+@pytest.fixture(scope="module")
+def server(
+    small_model: Path, texts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Program]:
+    folder = tmp_path_factory.mktemp("hostile")
+    config = server_config(
+        folder / "server.toml",
+        small_model,
+        texts,
+        run={"num_rounds": 2, "min_available_clients": 2, "lease_s": 120},
+    )
+    program = Program(
+        folder,
+        "server",
+        "fedpruner_server.cli",
+        "run",
+        *("--config", str(config)),
+        *("--state-dir", str(folder / "state")),
+    )
+    yield program
+    program.end()
+
+
+@pytest.fixture(scope="module")
+def agents(server: Program) -> tuple[FakeAgent, FakeAgent]:
+    """Two registered agents, both with a task of round 1."""
+    address = address_of(server)
+    mallory, alice = FakeAgent(address, "mallory"), FakeAgent(address, "alice")
+    mallory.next_task()
+    alice.next_task()
+    return mallory, alice
+
+
+@pytest.fixture(scope="module")
+def mallory(agents: tuple[FakeAgent, FakeAgent]) -> FakeAgent:
+    return agents[0]
+
+
+@pytest.fixture
+def good(mallory: FakeAgent) -> dict[str, np.ndarray]:
+    """What an honest agent would send."""
+    return mallory.adapter()
+
+
+def raw_safetensors(header: Any, data: bytes) -> bytes:
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def with_nan(good: dict[str, np.ndarray]) -> bytes:
+    name = sorted(good)[0]
+    bad = {**good, name: np.full_like(good[name], np.nan)}
+    return save_safetensors(bad)
+
+
+def with_one(good: dict[str, np.ndarray], change: Callable[[np.ndarray], np.ndarray]) -> bytes:
+    name = sorted(good)[0]
+    return save_safetensors({**good, name: np.ascontiguousarray(change(good[name]))})
+
+
+def without_one(good: dict[str, np.ndarray]) -> bytes:
+    return save_safetensors({name: good[name] for name in sorted(good)[1:]})
+
+
+def renamed(good: dict[str, np.ndarray], new: str) -> bytes:
+    first, *rest = sorted(good)
+    return save_safetensors({new: good[first], **{name: good[name] for name in rest}})
+
+
+BAD_FILES: dict[str, tuple[Callable[[dict[str, np.ndarray]], bytes], str]] = {
+    "an unknown tensor name": (
+        lambda good: renamed(good, "base_model.model.lm_head.lora_A.weight"),
+        "'lm_head.lora_A' is not part of this task",
+    ),
+    "a name that is a path": (
+        lambda good: renamed(good, "../../../etc/passwd"),
+        "not a safetensors file of LoRA weights",
+    ),
+    "a base weight": (
+        lambda good: renamed(good, "model.embed_tokens.weight"),
+        "not a safetensors file of LoRA weights",
+    ),
+    "a missing tensor": (without_one, "is missing"),
+    "a transposed tensor": (lambda good: with_one(good, np.transpose), "expected"),
+    "a larger tensor": (
+        lambda good: with_one(good, lambda a: np.concatenate([a, a[:1]])),
+        "expected",
+    ),
+    "float64": (
+        lambda good: with_one(good, lambda a: a.astype(np.float64)[:, : a.shape[1] // 2]),
+        "expected",
+    ),
+    "float16": (lambda good: with_one(good, lambda a: a.astype(np.float16)), "F16, expected F32"),
+    "NaN": (with_nan, "not finite"),
+    "infinity": (lambda good: with_one(good, lambda a: a + np.float32(np.inf)), "not finite"),
+    "a truncated file": (lambda good: save_safetensors(good)[:-100], "truncated"),
+    "bytes after the end": (lambda good: save_safetensors(good) + b"x" * 8, "bytes after its end"),
+    "nothing": (lambda _: b"", "not a usable safetensors"),
+    "garbage": (lambda _: b"\x93NUMPY" * 50, "not a usable safetensors"),
+    "a pickle": (lambda _: b"\x80\x04\x95" + b"." * 200, "not a usable safetensors"),
+    "a header of 2^63 bytes": (lambda _: struct.pack("<Q", 1 << 63) + b"{}", "a header of"),
+    "a header that is a list": (lambda _: raw_safetensors([], b""), "not a usable safetensors"),
+    "negative offsets": (
+        lambda _: raw_safetensors(
+            {"x": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}}, b"1234"
+        ),
+        "not where it should be",
+    ),
+    "overlapping tensors": (
+        lambda _: raw_safetensors(
+            {
+                "x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
+                "y": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
+            },
+            b"1234",
+        ),
+        "not where it should be",
+    ),
+    "a shape that is not its bytes": (
+        lambda _: raw_safetensors(
+            {"x": {"dtype": "F32", "shape": [1 << 40, 1 << 40], "data_offsets": [0, 4]}}, b"1234"
+        ),
+        "not a usable safetensors",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BAD_FILES)
+def test_a_bad_file_is_refused_and_the_message_says_why(
+    mallory: FakeAgent, good: dict[str, np.ndarray], what: str
+) -> None:
+    make, message = BAD_FILES[what]
+    with pytest.raises(InvalidUpdate, match=message.replace("(", r"\(")):
+        mallory.push(make(good))
+
+
+def test_a_promise_of_too_many_bytes_is_refused_before_they_travel(mallory: FakeAgent) -> None:
+    with pytest.raises(InvalidUpdate, match="at most"):
+        mallory.push(b"", promised=10 * GIB)
+
+
+def test_more_bytes_than_promised_are_refused(
+    mallory: FakeAgent, good: dict[str, np.ndarray]
+) -> None:
+    data = save_safetensors(good)
+    with pytest.raises(CorruptChunk, match="more than the promised"):
+        mallory.push(data, promised=len(data) - 8)
+
+
+def test_a_stream_that_ends_early_is_refused(
+    mallory: FakeAgent, good: dict[str, np.ndarray]
+) -> None:
+    data = save_safetensors(good)
+    with pytest.raises(InvalidUpdate, match="ended before"):
+        mallory.push(data[:200], promised=len(data))
+
+
+def test_a_damaged_chunk_is_refused(mallory: FakeAgent, good: dict[str, np.ndarray]) -> None:
+    data = save_safetensors(good)
+    chunk = make_chunk(data, blob=0, offset=0)
+    chunk.data = data[:-1] + bytes([data[-1] ^ 1])
+    messages = [
+        pb.PushUpdateRequest(header=mallory.header(len(data))),
+        pb.PushUpdateRequest(chunk=chunk),
+    ]
+    with pytest.raises(CorruptChunk, match="checksum"):
+        mallory.call(mallory.stub.PushUpdate, iter(messages))
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"round": 7}, StaleRound, "an update for round 7; the current one is 1"),
+        ({"round": 0}, StaleRound, "round 0"),
+        ({"task_id": "round-1-alice"}, StaleRound, "not part of"),
+        ({"task_id": "nonsense"}, StaleRound, "not part of"),
+        ({"session": "guess"}, Unauthenticated, "newer session"),
+        ({"client_id": "nobody"}, UnknownClient, "not registered"),
+        ({"num_examples": 0}, InvalidUpdate, "num_examples"),
+        ({"num_examples": 1 << 63}, InvalidUpdate, "num_examples"),
+        ({"train_loss_last": float("nan")}, InvalidUpdate, "train_loss_last"),
+    ],
+)
+def test_a_header_that_lies_is_refused(
+    mallory: FakeAgent,
+    good: dict[str, np.ndarray],
+    fields: dict[str, Any],
+    error: type[FedPrunerError],
+    message: str,
+) -> None:
+    with pytest.raises(error, match=message):
+        mallory.push(save_safetensors(good), **fields)
+
+
+def test_a_blob_that_is_not_in_the_base_model_is_not_found(mallory: FakeAgent) -> None:
+    for name in ("0" * 64, "../state/journal.sqlite", ""):
+        request = pb.FetchBlobsRequest(
+            client_id="mallory", session=mallory.session, blobs=[pb.BlobRange(hash=name)]
+        )
+        with pytest.raises(NotFound):
+            mallory.call(
+                lambda r, timeout: list(mallory.stub.FetchBlobs(r, timeout=timeout)), request
+            )
+
+
+@pytest.mark.parametrize("name", ["", "../x", "a/b", "x" * 65, "a b", "-rf"])
+def test_a_client_id_that_is_not_a_plain_name_is_refused(mallory: FakeAgent, name: str) -> None:
+    with pytest.raises(InvalidUpdate, match="client id"):
+        mallory.call(mallory.stub.Register, pb.RegisterRequest(client_id=name))
+
+
+def test_after_all_that_the_run_completes_with_exactly_the_honest_values(
+    server: Program, agents: tuple[FakeAgent, FakeAgent]
+) -> None:
+    """Runs last in this file: two honest updates a round, and the mean of them comes out."""
+    mallory, alice = agents
+    before = mallory.adapter()
+    up = {name: values + np.float32(0.5) for name, values in before.items()}
+    mallory.push(save_safetensors(up), num_examples=3)
+    mallory.push(save_safetensors(up), num_examples=3)  # the answer got lost: harmless
+    alice.push(save_safetensors(before), num_examples=1)
+    assert mallory.next_task().round == 2
+    after = mallory.adapter()
+    for name, values in before.items():
+        # (3 * (v + 0.5) + 1 * v) / 4 = v + 0.375
+        np.testing.assert_allclose(after[name], values + 0.375, atol=1e-6)
+    with pytest.raises(StaleRound):
+        mallory.push(save_safetensors(up), round=1, task_id="round-1-mallory")
+    alice.next_task()
+    for agent in agents:
+        agent.push(save_safetensors(agent.adapter()))
+    for agent in agents:
+        reply = agent.pull()
+        while reply.WhichOneof("reply") == "waiting":
+            reply = agent.pull()
+        assert reply.finished
+    assert server.wait() == 0
+    assert "bug" not in server.output()
+    assert not list(Path(server.stdout_path).parent.glob("state/updates/*/.incoming-*"))
