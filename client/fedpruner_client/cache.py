@@ -87,6 +87,9 @@ class Cache:
             StorageError: they cannot fit.
         """
         kept = set(keep)
+        for path in (self._dir / "partial").iterdir():
+            if path.name not in kept:  # of a task that is over
+                path.unlink()
         files = [path for path in self._dir.glob("??/*") if path.is_file()]
         files.sort(key=lambda path: path.stat().st_mtime)
         total = sum(path.stat().st_size for path in files) + needed_bytes

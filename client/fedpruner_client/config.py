@@ -21,9 +21,10 @@ class AgentSettings(Settings):
     data: list[Path] = Field(min_length=1)
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")] | None = None
     state_dir: Path = Path("fedpruner-agent-state")
-    memory_budget: int | None = None  # None: what is really free, less the reserve
-    memory_reserve: int = 256 << 20
-    cache_limit: int = 64 << 30
+    # None: what is really free, less the reserve.
+    memory_budget: Annotated[int, Field(ge=0)] | None = None
+    memory_reserve: Annotated[int, Field(ge=0)] = 256 << 20
+    cache_limit: Annotated[int, Field(ge=0)] = 64 << 30
     device: Literal["auto", "cpu", "cuda"] = "auto"
     num_threads: Annotated[int, Field(ge=0)] = 0  # of torch; 0: all cores this process may use
     root_certificates: Path | None = None

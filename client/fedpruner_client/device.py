@@ -25,44 +25,44 @@ def available_bytes(root: Path = Path("/")) -> int:
         root: of the file system to look at; tests give a tree of their own.
     """
     candidates = [psutil.virtual_memory().available]
-    limit = cgroup_limit_bytes(root)
-    if limit is not None:
-        candidates.append(limit - cgroup_used_bytes(root))
+    candidates.extend(limit - used for limit, used in cgroup_limits(root))
     candidates.extend(_rlimits())
     return max(0, min(candidates))
 
 
-def cgroup_limit_bytes(root: Path = Path("/")) -> int | None:
-    """The tightest memory limit above this process, None if there is none."""
-    limits = []
+def cgroup_limits(root: Path = Path("/")) -> Iterator[tuple[int, int]]:
+    """(limit, bytes used under it) of every control group that bounds this process.
+
+    A parent's limit is shared with its other children, so each limit goes with the use of its own
+    group. Bytes that can simply be dropped (inactive file cache) do not count as used.
+    """
     for version, directory, mount in _memory_groups(root):
         if version == 1:
-            # Knows the limits of ancestors too, even those outside a container.
-            limits.append(_stat(directory).get("hierarchical_memory_limit"))
-            limits.append(_number(directory / "memory.limit_in_bytes"))
-            continue
-        group = directory
-        while True:
-            limits.extend(_number(group / name) for name in ("memory.max", "memory.high"))
-            if group == mount or mount not in group.parents:
-                break
-            group = group.parent
-    found = [limit for limit in limits if limit is not None and limit < _UNLIMITED]
-    return min(found, default=None)
+            # Of ancestors outside a container nothing can be seen but their tightest limit.
+            hierarchical = _stat(directory).get("hierarchical_memory_limit")
+            if hierarchical is not None and hierarchical < _UNLIMITED:
+                yield hierarchical, _used(directory, version)
+        for group in _upwards(directory, mount):
+            names = ("memory.limit_in_bytes",) if version == 1 else ("memory.max", "memory.high")
+            for limit in (_number(group / name) for name in names):
+                if limit is not None:
+                    yield limit, _used(group, version)
 
 
-def cgroup_used_bytes(root: Path = Path("/")) -> int:
-    """Bytes charged to this process's group that cannot simply be dropped."""
-    for version, directory, _ in _memory_groups(root):
-        usage, droppable = (
-            ("memory.usage_in_bytes", "total_inactive_file")
-            if version == 1
-            else ("memory.current", "inactive_file")
-        )
-        used = _number(directory / usage)
-        if used is not None:
-            return max(0, used - _stat(directory).get(droppable, 0))
-    return 0
+def _upwards(directory: Path, mount: Path) -> Iterator[Path]:
+    """A group and its ancestors as far as the mount point."""
+    yield directory
+    if directory != mount and mount in directory.parents:
+        yield from _upwards(directory.parent, mount)
+
+
+def _used(group: Path, version: int) -> int:
+    usage, droppable = (
+        ("memory.usage_in_bytes", "total_inactive_file")
+        if version == 1
+        else ("memory.current", "inactive_file")
+    )
+    return max(0, (_number(group / usage) or 0) - _stat(group).get(droppable, 0))
 
 
 def _memory_groups(root: Path) -> Iterator[tuple[int, Path, Path]]:
@@ -81,7 +81,7 @@ def _memory_groups(root: Path) -> Iterator[tuple[int, Path, Path]]:
             own[1] = path
     for line in mounts:
         left, _, right = line.partition(" - ")
-        fields, (kind, _, options) = left.split(), right.split()[:3]
+        fields, kind, options = left.split(), right.split()[0], right.split()[-1]
         version = 2 if kind == "cgroup2" else 1 if kind == "cgroup" else None
         if version not in own or (version == 1 and "memory" not in options.split(",")):
             continue

@@ -56,36 +56,71 @@ class MemoryProfile:
     gradient_checkpointing: bool
 
 
-def activation_bytes(profile: MemoryProfile, components: Iterable[ComponentId]) -> int:
-    """Most bytes of activations alive at once in one forward and backward."""
+@dataclass(frozen=True)
+class Demand:
+    """What a set of components asks for, term by term.
+
+    Attributes:
+        weight_bytes, lora_parameters, saved_bytes: sums over the components.
+        num_layers: layers of which at least one half is kept.
+        layer_saved_bytes: saved bytes of the one layer that saves most.
+        temporary_bytes: of the component that needs most.
+    """
+
+    weight_bytes: int
+    lora_parameters: int
+    saved_bytes: int
+    num_layers: int
+    layer_saved_bytes: int
+    temporary_bytes: int
+
+
+def demand(profile: MemoryProfile, components: Iterable[ComponentId]) -> Demand:
+    """What exactly these components ask for."""
     kept = tuple(components)
-    saved = {c: profile.saved_bytes[c] for c in kept}
-    temporary = max((profile.temporary_bytes[c] for c in kept), default=0)
-    if not profile.gradient_checkpointing:
-        return profile.shared_saved_bytes + sum(saved.values()) + max(profile.loss_bytes, temporary)
-    layers = {c.layer for c in kept}
-    one_layer = max((sum(b for c, b in saved.items() if c.layer == i) for i in layers), default=0)
-    inputs = len(layers) * profile.layer_input_bytes
-    return profile.shared_saved_bytes + inputs + max(profile.loss_bytes, one_layer + temporary)
+    saved_by_layer: dict[int, int] = {}
+    for c in kept:
+        saved_by_layer[c.layer] = saved_by_layer.get(c.layer, 0) + profile.saved_bytes[c]
+    return Demand(
+        weight_bytes=sum(profile.weight_bytes[c] for c in kept),
+        lora_parameters=sum(profile.lora_parameters[c] for c in kept),
+        saved_bytes=sum(saved_by_layer.values()),
+        num_layers=len(saved_by_layer),
+        layer_saved_bytes=max(saved_by_layer.values(), default=0),
+        temporary_bytes=max((profile.temporary_bytes[c] for c in kept), default=0),
+    )
+
+
+def activation_bytes(profile: MemoryProfile, wanted: Demand) -> int:
+    """Most bytes of activations alive at once in one forward and backward."""
+    if profile.gradient_checkpointing:
+        kept = wanted.num_layers * profile.layer_input_bytes
+        backward = wanted.layer_saved_bytes + wanted.temporary_bytes
+    else:
+        kept, backward = wanted.saved_bytes, wanted.temporary_bytes
+    return profile.shared_saved_bytes + kept + max(profile.loss_bytes, backward)
+
+
+def peak_bytes(profile: MemoryProfile, wanted: Demand, *, floor_bytes: int) -> int:
+    """Peak memory of the training process.
+
+    Args:
+        profile: bytes of the model's parts.
+        wanted: what a submodel asks for.
+        floor_bytes: the process before any model, measured on the device.
+    """
+    weights = profile.shared_weight_bytes + wanted.weight_bytes
+    converting = round(weights * profile.disk_ratio)
+    training = _ADAM_BYTES * wanted.lora_parameters + activation_bytes(profile, wanted)
+    stepping = (_ADAM_BYTES + _GRADIENT_BYTES) * wanted.lora_parameters
+    return floor_bytes + _TEXT_BYTES + weights + max(converting, training, stepping)
 
 
 def predicted_peak_bytes(
     profile: MemoryProfile, components: Iterable[ComponentId], *, floor_bytes: int
 ) -> int:
-    """Peak memory of the training process for a submodel.
-
-    Args:
-        profile: bytes of the model's parts.
-        components: what the submodel keeps.
-        floor_bytes: the process before any model, measured on the device.
-    """
-    kept = tuple(components)
-    weights = profile.shared_weight_bytes + sum(profile.weight_bytes[c] for c in kept)
-    lora = sum(profile.lora_parameters[c] for c in kept)
-    converting = round(weights * profile.disk_ratio)
-    training = _ADAM_BYTES * lora + activation_bytes(profile, kept)
-    stepping = (_ADAM_BYTES + _GRADIENT_BYTES) * lora
-    return floor_bytes + _TEXT_BYTES + weights + max(converting, training, stepping)
+    """Peak memory of the training process for exactly these components."""
+    return peak_bytes(profile, demand(profile, components), floor_bytes=floor_bytes)
 
 
 def largest_that_fits(cost: Callable[[int], int], sizes: range, budget_bytes: int) -> int | None:

@@ -68,14 +68,16 @@ class Child:
             stdin.write(json.dumps({"job": job, "arguments": arguments}) + "\n")
             stdin.flush()
             for line in stdout:
-                message: Json = json.loads(line)
+                message = _message(line)
+                if message is None:
+                    continue
                 if "progress" in message:
                     if on_progress:
                         on_progress(message["progress"])
                 elif "error" in message:
                     error = message["error"]
                     raise _ERRORS.get(error["code"], FedPrunerError)(error["message"])
-                else:
+                elif "result" in message:
                     result: Json = message["result"]
                     return result
         except BrokenPipeError:
@@ -128,6 +130,15 @@ class Child:
             tail = self._log_path.read_text(errors="replace").splitlines()[-_LOG_TAIL_LINES:]
             why = f"exit code {returncode}; the end of {self._log_path}:\n" + "\n".join(tail)
         return ChildDied(f"the child process ended during {job!r}: {why}", returncode)
+
+
+def _message(line: str) -> Json | None:
+    """The message in a line; None for what a library printed before `serve` took over."""
+    try:
+        message = json.loads(line)
+    except ValueError:
+        return None
+    return message if isinstance(message, dict) else None
 
 
 def _pipes(process: "subprocess.Popen[str]") -> tuple[IO[str], IO[str]]:

@@ -88,5 +88,5 @@ def _explain(settings_class: type[Settings], error: ValidationError) -> str:
         variable = prefix + "__".join(str(part) for part in item["loc"]).upper()
         where = f" (environment variable {variable})" if variable in os.environ else ""
         got = "" if item["type"] == "missing" else f", got {item['input']!r}"
-        lines.append(f"setting {key}{where}: {item['msg'].lower()}{got}")
+        lines.append(f"setting {key}{where}: {item['msg'][:1].lower()}{item['msg'][1:]}{got}")
     return "; ".join(lines)

@@ -39,6 +39,8 @@ class TensorInfo:
     def __post_init__(self) -> None:
         if self.dtype not in ITEM_BYTES:
             raise ValueError(f"tensor {self.name}: unknown dtype {self.dtype!r}")
+        if any(side < 0 for side in self.shape):
+            raise ValueError(f"tensor {self.name}: negative shape {list(self.shape)}")
         if math.prod(self.shape) * ITEM_BYTES[self.dtype] != self.num_bytes:
             raise ValueError(
                 f"tensor {self.name}: {self.dtype} of shape {list(self.shape)} "

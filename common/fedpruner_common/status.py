@@ -45,9 +45,9 @@ _BY_STATUS = {
 }
 
 
-def status_of(error: FedPrunerError) -> grpc.StatusCode:
-    """The gRPC status an exception travels as; INTERNAL for those that should not travel."""
-    return _STATUS.get(type(error), grpc.StatusCode.INTERNAL)
+def status_of(error: FedPrunerError) -> grpc.StatusCode | None:
+    """The gRPC status an exception travels as; None for those that must not travel."""
+    return _STATUS.get(type(error))
 
 
 def error_of(rpc_error: grpc.RpcError) -> FedPrunerError:

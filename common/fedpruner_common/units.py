@@ -21,7 +21,7 @@ def parse_bytes(text: str | int) -> int:
 def format_bytes(num_bytes: float) -> str:
     """Three significant digits and a binary unit: 1.37 GiB."""
     units = ["B", "KiB", "MiB", "GiB", "TiB"]
-    while abs(num_bytes) >= 1000 and len(units) > 1:
+    while abs(num_bytes) >= 999.5 and len(units) > 1:
         num_bytes /= 1024
         del units[0]
     return f"{num_bytes:.0f} B" if units[0] == "B" else f"{num_bytes:.3g} {units[0]}"

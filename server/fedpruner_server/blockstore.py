@@ -67,8 +67,11 @@ def _locate_tensors(model_dir: Path) -> dict[str, LocatedTensor]:
     shards = sorted(model_dir.glob("*.safetensors"))
     index_path = model_dir / "model.safetensors.index.json"
     if index_path.is_file():
-        names = sorted(set(json.loads(index_path.read_text())["weight_map"].values()))
-        missing = [name for name in names if not (model_dir / name).is_file()]
+        try:
+            names = sorted(set(json.loads(index_path.read_text())["weight_map"].values()))
+            missing = [name for name in names if not (model_dir / name).is_file()]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"{index_path} is not a usable index: {error!r}") from error
         if missing:
             raise ModelError(
                 f"{index_path} names shards that are not there: {', '.join(missing[:3])}"
@@ -90,9 +93,9 @@ def _hashed(located: dict[str, LocatedTensor], cache_path: Path) -> dict[str, Lo
     stamps = {str(p): [p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(shards)}
     try:
         cached = json.loads(cache_path.read_text())
-    except (OSError, ValueError):
-        cached = {}
-    known = cached.get("hashes", {}) if cached.get("stamps") == stamps else {}
+        known = cached["hashes"] if cached["stamps"] == stamps else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        known = {}
     hashes = {n: known.get(n) or _hash_range(tensor.place) for n, tensor in located.items()}
     if hashes != known:
         cache_path.parent.mkdir(parents=True, exist_ok=True)

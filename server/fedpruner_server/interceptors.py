@@ -61,10 +61,12 @@ def _guard_stream(handler: Any, method: str) -> Callable[..., Any]:
 async def _abort(error: Exception, context: Any, method: str) -> None:
     if isinstance(error, grpc.aio.AbortError):
         raise error
-    if isinstance(error, FedPrunerError):
+    status = status_of(error) if isinstance(error, FedPrunerError) else None
+    # Local errors (storage, settings) tell of the coordinator's machine: they stay in its log.
+    if isinstance(error, FedPrunerError) and status is not None:
         _log.debug("refused", method=method, code=error.code, reason=str(error))
         metadata = ((CODE_KEY, error.code),)
-        await context.abort(status_of(error), str(error), metadata)
+        await context.abort(status, str(error), metadata)
     _log.error("bug in an RPC method", method=method, exc_info=error)
     await context.abort(
         grpc.StatusCode.INTERNAL, "internal error; the coordinator's log has the details"

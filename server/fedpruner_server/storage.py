@@ -14,9 +14,10 @@ import json
 import os
 import shutil
 import sqlite3
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from fedpruner_common.errors import StorageError
 
@@ -53,25 +54,10 @@ class Storage:
             StorageError: it cannot be written, or another coordinator uses it.
         """
         self.state_dir = state_dir
-        try:
-            state_dir.mkdir(parents=True, exist_ok=True)
-            self._lock = (state_dir / "lock").open("w")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise StorageError(
-                f"another fedpruner-server is using {state_dir}; stop it first"
-            ) from error
-        except OSError as error:
-            raise StorageError(
-                f"cannot write to the state directory {state_dir}: {error}"
-            ) from error
-        try:
-            self._database = sqlite3.connect(state_dir / "journal.sqlite", isolation_level=None)
-            self._database.execute("PRAGMA journal_mode=WAL")
-            self._database.execute("PRAGMA synchronous=FULL")
-            self._database.executescript(_SCHEMA)
-        except sqlite3.Error as error:
-            raise StorageError(f"cannot open the journal in {state_dir}: {error}") from error
+        with ExitStack() as opened:
+            opened.enter_context(_locked(state_dir))
+            self._database = opened.enter_context(closing(_open_journal(state_dir)))
+            self._opened = opened.pop_all()
 
     def append(self, round_number: int, event_type: str, data: Json) -> None:
         """Append an event; it is on disk when this returns.
@@ -121,8 +107,40 @@ class Storage:
             file.write(json.dumps(row) + "\n")
 
     def close(self) -> None:
-        self._database.close()
-        self._lock.close()
+        """Let another coordinator have the directory."""
+        self._opened.close()
+
+
+def _locked(state_dir: Path) -> TextIO:
+    """The directory's lock file, held until it is closed."""
+    try:
+        state_dir.mkdir(parents=True, exist_ok=True)
+        lock = (state_dir / "lock").open("w")
+    except OSError as error:
+        raise StorageError(f"cannot write to the state directory {state_dir}: {error}") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.close()
+        raise StorageError(
+            f"another fedpruner-server is using {state_dir}; stop it first"
+        ) from error
+    return lock
+
+
+def _open_journal(state_dir: Path) -> sqlite3.Connection:
+    try:
+        database = sqlite3.connect(state_dir / "journal.sqlite", isolation_level=None)
+    except sqlite3.Error as error:
+        raise StorageError(f"cannot open the journal in {state_dir}: {error}") from error
+    try:
+        database.execute("PRAGMA journal_mode=WAL")
+        database.execute("PRAGMA synchronous=FULL")
+        database.executescript(_SCHEMA)
+    except sqlite3.Error as error:
+        database.close()
+        raise StorageError(f"cannot open the journal in {state_dir}: {error}") from error
+    return database
 
 
 def make_durable(path: Path, final: Path) -> None:

@@ -32,8 +32,8 @@ def read_header(path: Path) -> dict[str, LocatedTensor]:
     Raises:
         ModelError: not a safetensors file, truncated, or with parts that overlap or leave gaps.
     """
-    file_bytes = path.stat().st_size
     try:
+        file_bytes = path.stat().st_size
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > min(_MAX_HEADER_BYTES, file_bytes):
@@ -45,7 +45,15 @@ def read_header(path: Path) -> dict[str, LocatedTensor]:
             begin, end = entry["data_offsets"]
             info = TensorInfo(name, entry["dtype"], tuple(entry["shape"]), end - begin, hash="")
             located[name] = LocatedTensor(info, FileRange(path, 8 + length + begin, end - begin))
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        OSError,
+        struct.error,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         raise ModelError(f"{path.name} is not a usable safetensors file: {error}") from error
     position = 8 + length
     for tensor in sorted(located.values(), key=lambda t: (t.place.start, t.place.num_bytes)):

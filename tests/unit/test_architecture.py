@@ -17,6 +17,7 @@ PACKAGES = [
 TORCH = ("torch", "transformers", "peft", "accelerate")
 TORCH_HOMES = (
     "fedpruner_common.modeling",
+    "fedpruner_server.activations",
     "fedpruner_server.describe",
     "fedpruner_server.probe",
     "fedpruner_server.model",

@@ -8,6 +8,7 @@ from toy_model import component
 from fedpruner_common.budget import (
     MemoryProfile,
     activation_bytes,
+    demand,
     largest_that_fits,
     predicted_peak_bytes,
 )
@@ -43,27 +44,29 @@ def peak(profile: MemoryProfile, components) -> int:
 
 def test_without_checkpointing_every_component_saves_its_activations():
     # shared 7 + saved 30 + 50 + the loss's 40, which is more than the ffn's temporaries 6
-    assert activation_bytes(PROFILE, LAYER_0) == 127
-    assert activation_bytes(PROFILE, FULL) == 207  # 7 + 2 * 80 + 40
+    assert activation_bytes(PROFILE, demand(PROFILE, LAYER_0)) == 127
+    assert activation_bytes(PROFILE, demand(PROFILE, FULL)) == 207  # 7 + 2 * 80 + 40
 
 
 def test_temporaries_count_where_they_exceed_the_loss():
     profile = replace(PROFILE, loss_bytes=1)
-    assert activation_bytes(profile, LAYER_0) == 93  # 7 + 80 + 6
-    assert activation_bytes(profile, [component("1.attention")]) == 41  # 7 + 30 + 4
+    assert activation_bytes(profile, demand(profile, LAYER_0)) == 93  # 7 + 80 + 6
+    attention = demand(profile, [component("1.attention")])
+    assert activation_bytes(profile, attention) == 41  # 7 + 30 + 4
 
 
 def test_with_checkpointing_one_input_a_layer_and_one_layer_recomputed():
     profile = replace(PROFILE, gradient_checkpointing=True)
     # 7 + 2 inputs of 5 + (one layer 80 + temporaries 6, more than the loss's 40)
-    assert activation_bytes(profile, FULL) == 103
+    assert activation_bytes(profile, demand(profile, FULL)) == 103
     # halves of two layers: 7 + 2 * 5 + (the larger half 50 + temporaries 6)
-    assert activation_bytes(profile, [component("0.ffn"), component("1.attention")]) == 73
+    halves = demand(profile, [component("0.ffn"), component("1.attention")])
+    assert activation_bytes(profile, halves) == 73
 
 
 def test_with_checkpointing_a_large_loss_is_the_peak():
     profile = replace(PROFILE, gradient_checkpointing=True, loss_bytes=400)
-    assert activation_bytes(profile, FULL) == 417  # 7 + 2 * 5 + 400
+    assert activation_bytes(profile, demand(profile, FULL)) == 417  # 7 + 2 * 5 + 400
 
 
 def test_the_peak_is_floor_text_weights_adapter_and_activations():

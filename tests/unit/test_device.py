@@ -5,7 +5,7 @@ import resource
 import psutil
 import pytest
 
-from fedpruner_client.device import available_bytes, cgroup_limit_bytes, cgroup_used_bytes
+from fedpruner_client.device import available_bytes, cgroup_limits
 
 MIB = 1 << 20
 V1 = "sys/fs/cgroup/memory"
@@ -163,12 +163,12 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_tightest_limit_above_this_process_is_found(tree, layout):
     groups, mounts, files, limit = LAYOUTS[layout]
-    assert cgroup_limit_bytes(tree(groups, mounts, files)) == limit
+    limits = [found for found, _ in cgroup_limits(tree(groups, mounts, files))]
+    assert min(limits, default=None) == limit
 
 
-def test_without_proc_there_is_no_limit_and_nothing_used(tmp_path):
-    assert cgroup_limit_bytes(tmp_path) is None
-    assert cgroup_used_bytes(tmp_path) == 0
+def test_without_proc_there_is_no_limit(tmp_path):
+    assert list(cgroup_limits(tmp_path)) == []
 
 
 def test_what_is_used_on_v1_leaves_out_the_page_cache_that_can_be_dropped(tree):
@@ -176,15 +176,18 @@ def test_what_is_used_on_v1_leaves_out_the_page_cache_that_can_be_dropped(tree):
         f"{V1}/a/memory.usage_in_bytes": f"{100 * MIB}\n",
         f"{V1}/a/memory.stat": stat_v1(512 * MIB, inactive_file=30 * MIB),
     }
-    assert cgroup_used_bytes(tree("4:memory:/a\n", mount_v1("/"), files)) == 70 * MIB
+    limits = list(cgroup_limits(tree("4:memory:/a\n", mount_v1("/"), files)))
+    assert limits == [(512 * MIB, 70 * MIB)]
 
 
 def test_what_is_used_on_v2_leaves_out_the_page_cache_that_can_be_dropped(tree):
     files = {
+        "sys/fs/cgroup/a/memory.max": f"{512 * MIB}\n",
         "sys/fs/cgroup/a/memory.current": f"{100 * MIB}\n",
         "sys/fs/cgroup/a/memory.stat": f"anon 5\ninactive_file {30 * MIB}\nactive_file 7\n",
     }
-    assert cgroup_used_bytes(tree("0::/a\n", mount_v2("/"), files)) == 70 * MIB
+    limits = list(cgroup_limits(tree("0::/a\n", mount_v2("/"), files)))
+    assert limits == [(512 * MIB, 70 * MIB)]
 
 
 def test_available_is_what_the_limit_leaves(tree):

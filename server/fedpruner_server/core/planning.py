@@ -5,11 +5,17 @@ functional groups (macro step) and importance within each group (micro step).
 """
 
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from fedpruner_common.budget import largest_that_fits, predicted_peak_bytes
+from fedpruner_common.budget import (
+    Demand,
+    largest_that_fits,
+    peak_bytes,
+    predicted_peak_bytes,
+)
 from fedpruner_common.components import ComponentId
 from fedpruner_common.errors import BudgetTooSmall
 from fedpruner_common.spec import ModelSpec
@@ -175,20 +181,34 @@ def fit(
 def peak_of_sizes(
     spec: ModelSpec, settings: PlanSettings, sizes: dict[Family, int], *, floor_bytes: int
 ) -> int:
-    """Peak of the most expensive choice of so many items per family; protected ones are in all."""
-    protected = settings.protected(spec.num_layers)
-    kept: list[ComponentId] = []
-    for family, num_kept in sizes.items():
-        rest = [layer for layer in range(spec.num_layers) if layer not in protected]
-        rest.sort(key=lambda layer: _item_bytes(spec, family, layer), reverse=True)
-        for layer in (*protected, *rest[: max(0, num_kept - len(protected))]):
-            kept.extend(family.components(layer))
-    return predicted_peak_bytes(spec.memory, kept, floor_bytes=floor_bytes)
+    """An upper bound of the peak of any choice of so many items per family.
 
+    Exact where layers are alike, as in most models. Otherwise every term takes the items that cost
+    most in it: the choice that is worst in all of them need not exist.
+    """
+    memory, num_layers = spec.memory, spec.num_layers
+    protected = settings.protected(num_layers)
 
-def _item_bytes(spec: ModelSpec, family: Family, layer: int) -> int:
-    memory = spec.memory
-    return sum(
-        memory.weight_bytes[component] + memory.saved_bytes[component]
-        for component in family.components(layer)
+    def largest(values: Mapping[ComponentId, int]) -> list[int]:
+        """The most expensive items, protected ones in any case."""
+        chosen = []
+        for family, num_kept in sizes.items():
+            costs = [sum(values[c] for c in family.components(i)) for i in range(num_layers)]
+            rest = sorted((costs[i] for i in range(num_layers) if i not in protected), reverse=True)
+            chosen += [costs[i] for i in protected] + rest[: max(0, num_kept - len(protected))]
+        return chosen
+
+    components = [c for family in sizes for i in range(num_layers) for c in family.components(i)]
+    saved_by_layer = [0] * num_layers
+    for component in components:
+        saved_by_layer[component.layer] += memory.saved_bytes[component]
+    worst = Demand(
+        weight_bytes=sum(largest(memory.weight_bytes)),
+        lora_parameters=sum(largest(memory.lora_parameters)),
+        saved_bytes=sum(largest(memory.saved_bytes)),
+        # Halves may all be of different layers, but for the protected ones.
+        num_layers=min(num_layers, sum(sizes.values()) - (len(sizes) - 1) * len(protected)),
+        layer_saved_bytes=max(saved_by_layer),
+        temporary_bytes=max(memory.temporary_bytes[c] for c in components),
     )
+    return peak_bytes(memory, worst, floor_bytes=floor_bytes)

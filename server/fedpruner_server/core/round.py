@@ -2,7 +2,7 @@
 
                 CohortChosen            all in, or deadline with quorum
     GATHERING ---------------> TRAINING ---------------------------> AGGREGATING
-                                  | can no longer reach quorum          | Aggregated
+                                  | over without quorum                 | Aggregated
                                   v                                     v
                               ABANDONED                                DONE
 
