@@ -97,6 +97,7 @@ def _train(arguments: Json, on_progress: Progress) -> Json:
         tokenizer,
         max_seq_length=settings.max_seq_length,
     )
+    malloc.trim()
     base = build_submodel(
         config_dir,
         Submodel.of(arguments["num_layers"], map(ComponentId.parse, arguments["components"])),

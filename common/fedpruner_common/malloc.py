@@ -26,6 +26,14 @@ def set_for_training() -> None:
     _mallopt(_M_MMAP_THRESHOLD, _TRAINING_MMAP_BYTES)
 
 
+def trim() -> None:
+    """Give every free page of the heap back to the system, after a phase that used much of it."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError):  # not glibc
+        return
+
+
 def set_for_wire() -> None:
     """Call first thing in a process that moves tensors over gRPC."""
     _mallopt(_M_MMAP_THRESHOLD, _WIRE_BYTES)

@@ -21,6 +21,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from fedpruner_common.errors import DataError, ModelError
 
 IGNORED = -100  # the label that transformers' losses skip
+_PIECE_CHARACTERS = 1 << 16
 _PROMPT = "### Instruction:\n{instruction}\n\n### Response:\n"
 _PROMPT_WITH_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 
@@ -217,7 +218,9 @@ def _windows(
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     waiting: list[int] = []
     for text in texts:
-        waiting += _encode(text, tokenizer) + end
+        for piece in _pieces(text):
+            waiting += _encode(piece, tokenizer)
+        waiting += end
         whole = len(waiting) // max_seq_length * max_seq_length
         for start in range(0, whole, max_seq_length):
             window = waiting[start : start + max_seq_length]
@@ -225,6 +228,17 @@ def _windows(
         del waiting[:whole]
     if len(waiting) >= 2:
         yield TokenSequence.of(waiting, waiting)
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """A text in pieces that end at line ends: a tokenizer needs a hundred times its input."""
+    start = 0
+    while len(text) - start > _PIECE_CHARACTERS:
+        end = text.rfind("\n", start, start + _PIECE_CHARACTERS) + 1
+        end = end or start + _PIECE_CHARACTERS
+        yield text[start:end]
+        start = end
+    yield text[start:]
 
 
 def collate(sequences: list[TokenSequence], *, pad_token_id: int) -> Batch:
