@@ -33,7 +33,11 @@ class TorchWorker:
         self._child = Child(
             "fedpruner_server.torch_jobs",
             log_path=storage.state_dir / "torch_jobs.log",
-            env={"FEDPRUNER_NUM_THREADS": str(settings.num_threads)},
+            env={
+                "FEDPRUNER_NUM_THREADS": str(settings.num_threads),
+                # Threads that spin while they wait cost more than they bring beside other work.
+                "OMP_WAIT_POLICY": "PASSIVE",
+            },
         )
 
     async def describe(self) -> ModelSpec:

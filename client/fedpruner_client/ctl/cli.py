@@ -142,7 +142,7 @@ def demo(
         ),
     ] = None,
     num_rounds: Annotated[int, typer.Option(help="Rounds.")] = 10,
-    max_steps: Annotated[int, typer.Option(help="Optimizer steps per device and round.")] = 4,
+    max_steps: Annotated[int, typer.Option(help="Optimizer steps per device and round.")] = 3,
     batch_size: Annotated[int, typer.Option(help="Sequences per step.")] = 16,
     max_seq_length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 256,
     learning_rate: Annotated[
