@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedpruner_common.errors import CorruptChunk, ModelError
 from fedpruner_common.manifest import TensorInfo
-from fedpruner_common.modeling.anatomy import find_anatomy
+from fedpruner_common.modeling.check import find_anatomy
 from fedpruner_common.modeling.load import TORCH_DTYPES, load_submodel, map_tensor, read_config
 from fedpruner_common.submodel import Submodel
 from fedpruner_common.task import LoraSettings

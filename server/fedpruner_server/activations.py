@@ -11,12 +11,8 @@ from transformers.pytorch_utils import Conv1D
 
 from fedpruner_common.adapters import LoraTarget
 from fedpruner_common.components import ComponentId, all_components
-from fedpruner_common.modeling.anatomy import (
-    LayerAnatomy,
-    causal_lm_class,
-    decoder_layers,
-    meta_model,
-)
+from fedpruner_common.modeling.anatomy import LayerAnatomy
+from fedpruner_common.modeling.meta import causal_lm_class, decoder_layers, meta_model
 from fedpruner_common.modeling.stubs import apply_stubs
 from fedpruner_common.submodel import Submodel
 from fedpruner_server.config import LoraOptions, TrainingOptions

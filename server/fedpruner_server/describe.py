@@ -14,14 +14,10 @@ from fedpruner_common.budget import MemoryProfile
 from fedpruner_common.components import ComponentId, Kind, all_components
 from fedpruner_common.errors import ConfigError, ModelError
 from fedpruner_common.manifest import ITEM_BYTES, TensorInfo
-from fedpruner_common.modeling.anatomy import (
-    LayerAnatomy,
-    causal_lm_class,
-    decoder_layers,
-    find_anatomy,
-    meta_model,
-)
+from fedpruner_common.modeling.anatomy import LayerAnatomy
+from fedpruner_common.modeling.check import find_anatomy
 from fedpruner_common.modeling.load import TORCH_DTYPES, pruned_class, read_config
+from fedpruner_common.modeling.meta import causal_lm_class, decoder_layers, meta_model
 from fedpruner_common.spec import ModelSpec
 from fedpruner_common.submodel import Submodel
 from fedpruner_server.activations import saved_bytes

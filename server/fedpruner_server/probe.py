@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from fedpruner_common.components import Kind
-from fedpruner_common.modeling.anatomy import Half, LayerAnatomy, decoder_layers, find_anatomy
+from fedpruner_common.modeling.anatomy import Half, LayerAnatomy
+from fedpruner_common.modeling.check import find_anatomy
 from fedpruner_common.modeling.data import (
     Batch,
     TokenSequence,
@@ -23,6 +24,7 @@ from fedpruner_common.modeling.data import (
     pad_token_id,
 )
 from fedpruner_common.modeling.load import read_config
+from fedpruner_common.modeling.meta import decoder_layers
 from fedpruner_common.modeling.stubs import skipping
 from fedpruner_server.core.similarity import CkaAccumulator, gram
 from fedpruner_server.core.statistics import Family, FamilyStatistics, Granularity, Statistics

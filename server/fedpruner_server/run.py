@@ -49,7 +49,8 @@ class Run:
             await self._prepare()
             if not self._c.replay():
                 await self._open_round(1)
-            while (effect := await self._c.effects.get()) is not None:
+            while True:
+                effect = await self._next_effect(ticking)
                 if isinstance(effect, rounds.AssignTasks):
                     self._announce()
                 elif isinstance(effect, rounds.Aggregate):
@@ -59,6 +60,17 @@ class Run:
         finally:
             ticking.cancel()
             await self._torch.close()
+
+    async def _next_effect(self, ticking: "asyncio.Task[None]") -> rounds.Effect:
+        """What to do next; a clock that failed (a full disk, say) ends the run."""
+        getting = asyncio.create_task(self._c.effects.get())
+        try:
+            await asyncio.wait({getting, ticking}, return_when=asyncio.FIRST_COMPLETED)
+            if ticking.done():
+                ticking.result()
+            return await getting
+        finally:
+            getting.cancel()
 
     async def _tick(self) -> None:
         while True:

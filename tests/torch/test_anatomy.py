@@ -9,8 +9,9 @@ import transformers
 from torch_support import ARCHITECTURES, ATTENTION, FFN
 
 from fedpruner_common.errors import ModelError
-from fedpruner_common.modeling.anatomy import check, find_anatomy, meta_model
+from fedpruner_common.modeling.check import check, find_anatomy
 from fedpruner_common.modeling.load import read_config
+from fedpruner_common.modeling.meta import meta_model
 
 
 def test_llamas_halves_are_its_blocks_each_with_the_norm_in_front() -> None:

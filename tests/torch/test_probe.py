@@ -23,7 +23,7 @@ from torch_support import (
 )
 
 from fedpruner_common.components import Kind
-from fedpruner_common.modeling.anatomy import find_anatomy
+from fedpruner_common.modeling.check import find_anatomy
 from fedpruner_common.modeling.stubs import skipping
 from fedpruner_server.core.statistics import Family, Granularity, Statistics
 from fedpruner_server.probe import probe

@@ -8,7 +8,6 @@ architectures without naming one; `check` proves it for the model at hand before
 it.
 """
 
-import copy
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,11 +16,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import PreTrainedModel
 
 from fedpruner_common.components import Kind
 from fedpruner_common.errors import ModelError
+from fedpruner_common.modeling.meta import decoder_layers
 
 # Arguments that only a token mixer takes.
 _MIXER_ARGUMENTS = {
@@ -89,78 +88,13 @@ class _Trace:
     returns: int = 0
 
 
-def causal_lm_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The transformers class of a causal language model.
+def trace_anatomy(model: PreTrainedModel) -> list[LayerAnatomy]:
+    """The anatomy of every layer of a meta model, as one forward pass shows it.
 
     Raises:
-        ModelError: this configuration has none.
+        ModelError: the model cannot be run without its weights, or a layer has no two halves.
     """
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ModelError(f"model type {config.model_type!r} is not a causal language model")
-    model_class: type[PreTrainedModel] = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    return model_class
-
-
-def meta_model(config: PreTrainedConfig, *, attention: str | None = None) -> PreTrainedModel:
-    """The model on the meta device: shapes and names, no memory.
-
-    Args:
-        config: of the model; not changed.
-        attention: attention implementation to use instead of the configured one.
-    """
-    config = copy.deepcopy(config)
-    _make_traceable(config)
-    if attention:
-        config._attn_implementation = attention
-    with torch.device("meta"):
-        return causal_lm_class(config)(config)
-
-
-def _make_traceable(config: PreTrainedConfig) -> None:
-    """Avoid the few branches that look at values, which the meta device has not got."""
-
-    def plain_rope(parameters: dict[str, Any]) -> None:
-        for value in parameters.values():
-            if isinstance(value, dict):
-                plain_rope(value)
-        if parameters.get("rope_type") in ("dynamic", "longrope"):
-            parameters["rope_type"] = "default"
-
-    if isinstance(getattr(config, "rope_parameters", None), dict):
-        plain_rope(config.rope_parameters)
-    config._experts_implementation = "batched_mm"
-    config.pad_token_id = None
-
-
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The stack of decoder layers: the module list of the configured length nearest the root.
-
-    Raises:
-        ModelError: there is none.
-    """
-    config: Any = model.config
-    num_layers = config.get_text_config(decoder=True).num_hidden_layers
-    stacks = [
-        (name.count("."), module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == num_layers
-    ]
-    if not stacks:
-        raise ModelError(f"{type(model).__name__} has no stack of {num_layers} decoder layers")
-    return min(stacks, key=lambda stack: stack[0])[1]
-
-
-def find_anatomy(config: PreTrainedConfig) -> list[LayerAnatomy]:
-    """The anatomy of every layer, proved by `check`.
-
-    Raises:
-        ModelError: the layers are laid out in a way that cannot be pruned by halves.
-    """
-    model = meta_model(config)
-    traces = _trace(model)
-    anatomy = [_layer_anatomy(trace, index) for index, trace in enumerate(traces)]
-    check(model, anatomy)
-    return anatomy
+    return [_layer_anatomy(trace, index) for index, trace in enumerate(_trace(model))]
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
@@ -313,41 +247,3 @@ def _links(core: list[_Call], trace: _Trace) -> frozenset[str]:
                 break
             reach |= later.outputs
     return frozenset(links)
-
-
-def check(model: PreTrainedModel, anatomy: list[LayerAnatomy]) -> None:
-    """Prove the anatomy: a layer with both halves stubbed must return its input exactly.
-
-    Costs nothing, since such a layer has no weights left.
-
-    Raises:
-        ModelError: it does not; this model can't be pruned by halves.
-    """
-    from fedpruner_common.modeling.stubs import stub_halves
-
-    hidden_size = model.config.get_text_config(decoder=True).hidden_size
-    for index, (layer, parts) in enumerate(zip(decoder_layers(model), anatomy, strict=True)):
-        name = f"{type(layer).__name__} {index}"
-        if any(half.adds_residual for half in parts.halves.values()):
-            raise ModelError(
-                f"{name} adds the residual inside a block and can't be pruned by halves"
-            )
-        bare = copy.deepcopy(layer).eval()
-        stub_halves(bare, parts, frozenset(Kind), index=None)
-        left = [parameter for parameter, _ in bare.named_parameters()]
-        if left:
-            raise ModelError(f"{name} has parameters outside both halves: {', '.join(left)}")
-        x = torch.randn(2, 3, hidden_size)
-        try:
-            y = bare(x, **_required_arguments(layer))
-        except Exception as error:
-            raise ModelError(f"{name} can't run without its blocks: {error}") from error
-        y = y[0] if isinstance(y, tuple) else y
-        if not torch.equal(x, y):
-            raise ModelError(f"{name} without its blocks is not the identity")
-
-
-def _required_arguments(layer: nn.Module) -> dict[str, None]:
-    parameters = list(inspect.signature(type(layer).forward).parameters.values())[2:]
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return {p.name: None for p in parameters if p.default is p.empty and p.kind in kinds}

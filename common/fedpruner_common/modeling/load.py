@@ -15,7 +15,8 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from fedpruner_common.components import Kind
 from fedpruner_common.errors import ModelError
 from fedpruner_common.manifest import ITEM_BYTES, TensorInfo
-from fedpruner_common.modeling.anatomy import LayerAnatomy, causal_lm_class
+from fedpruner_common.modeling.anatomy import LayerAnatomy
+from fedpruner_common.modeling.meta import causal_lm_class
 from fedpruner_common.modeling.stubs import apply_stubs
 from fedpruner_common.submodel import Submodel
 

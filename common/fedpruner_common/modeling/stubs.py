@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from fedpruner_common.components import Kind
-from fedpruner_common.modeling.anatomy import LayerAnatomy, decoder_layers
+from fedpruner_common.modeling.anatomy import LayerAnatomy
+from fedpruner_common.modeling.meta import decoder_layers
 
 
 class ZeroStub(nn.Module):
