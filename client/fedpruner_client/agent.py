@@ -20,6 +20,7 @@ from fedpruner_common.errors import (
     UnknownClient,
 )
 from fedpruner_common.log import get_logger
+from fedpruner_common.rpc import PULL_WAIT_S
 from fedpruner_common.task import Task
 from fedpruner_common.units import format_bytes
 
@@ -101,7 +102,7 @@ class Agent:
         self._trainer = Trainer(settings)
         self._cache = Cache(settings.state_dir / "cache", limit_bytes=settings.cache_limit)
         self._log = get_logger()
-        self._idle_since: float | None = None
+        self._idle_since = time.monotonic()
 
     def run(self) -> int:
         """Take part until the run is over or a signal comes; returns the exit code.
@@ -156,12 +157,7 @@ class Agent:
     def _loop(self, connection: Connection, heartbeat: Heartbeat) -> int:
         said = ""
         while True:
-            session = connection.session
-            try:
-                answer = connection.pull()
-            except UnknownClient:
-                connection.register(instead_of=session)
-                continue
+            answer = connection.pull(wait_s=self._patience_s())
             if isinstance(answer, Finished):
                 self._log.info("the run is over", outcome=answer.reason)
                 if not self._settings.stay:
@@ -173,15 +169,20 @@ class Agent:
                     self._log.info(said := answer.reason)
                 self._idle(heartbeat)
             else:
-                self._idle_since = None
                 self._work(answer, connection, heartbeat)
+
+    def _patience_s(self) -> float:
+        """How long to wait for a task: not past the moment when the training process should go."""
+        if not self._trainer.pid:
+            return PULL_WAIT_S
+        left = self._settings.idle_s - (time.monotonic() - self._idle_since)
+        return min(PULL_WAIT_S, max(0.1, left))
 
     def _idle(self, heartbeat: Heartbeat) -> None:
         """Let the training process go when nothing has come for a while."""
         heartbeat.working_on("", "waiting")
-        now = time.monotonic()
-        self._idle_since = self._idle_since or now
-        if self._trainer.pid and now - self._idle_since >= self._settings.idle_s:
+        idle_s = time.monotonic() - self._idle_since
+        if self._trainer.pid and idle_s >= self._settings.idle_s:
             self._log.info("idle: the training process ends, its memory is free again")
             self._trainer.close()
 
@@ -194,8 +195,6 @@ class Agent:
             raise
         except StaleRound as error:
             self._log.warning("too late", task=task.task_id, reason=str(error))
-        except UnknownClient:
-            connection.register(instead_of=connection.session)
         except (Unauthenticated, BudgetTooSmall):
             raise
         except FedPrunerError as error:
@@ -208,6 +207,7 @@ class Agent:
                 self._trainer.close()
         finally:
             heartbeat.working_on("", "waiting")
+            self._idle_since = time.monotonic()
 
     def _do(self, task: Task, connection: Connection, heartbeat: Heartbeat) -> None:
         self._check_affordable(task, connection.offer)

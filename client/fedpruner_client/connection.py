@@ -14,7 +14,13 @@ from fedpruner_client.cache import Cache
 from fedpruner_client.config import AgentSettings
 from fedpruner_common import convert, rpc
 from fedpruner_common.chunks import ChunkWriter, FileRange, read_chunks
-from fedpruner_common.errors import Busy, CorruptChunk, FedPrunerError, Unavailable
+from fedpruner_common.errors import (
+    Busy,
+    CorruptChunk,
+    FedPrunerError,
+    Unavailable,
+    UnknownClient,
+)
 from fedpruner_common.log import get_logger
 from fedpruner_common.pb import federation_pb2 as pb
 from fedpruner_common.pb.federation_pb2_grpc import FederationStub
@@ -121,15 +127,14 @@ class Connection:
         task: str = reply.task_id
         return task
 
-    def pull(self) -> Task | Waiting | Finished:
-        """The next task, or why there is none."""
-        timeout_s = rpc.PULL_WAIT_S + rpc.UNARY_TIMEOUT_S
+    def pull(self, *, wait_s: float) -> Task | Waiting | Finished:
+        """The next task, or why there was none for so long."""
 
         def call() -> pb.PullTaskReply:
             request = pb.PullTaskRequest(
-                client_id=self._client_id, session=self._session, wait_s=rpc.PULL_WAIT_S
+                client_id=self._client_id, session=self._session, wait_s=wait_s
             )
-            return self._stub.PullTask(request, timeout=timeout_s)
+            return self._stub.PullTask(request, timeout=wait_s + rpc.UNARY_TIMEOUT_S)
 
         reply = self._retry(call, "ask for a task")
         kind = reply.WhichOneof("reply")
@@ -206,11 +211,11 @@ class Connection:
 
     def fetch_adapter(self, task_id: str, path: Path, *, max_bytes: int) -> int:
         """Write the task's part of the global adapter to `path`; returns its size."""
-        request = pb.FetchAdapterRequest(
-            client_id=self._client_id, session=self._session, task_id=task_id
-        )
 
         def attempt() -> int:
+            request = pb.FetchAdapterRequest(
+                client_id=self._client_id, session=self._session, task_id=task_id
+            )
             writer = ChunkWriter(path, max_bytes=max_bytes)
             try:
                 for chunk in self._stub.FetchAdapter(request):
@@ -254,10 +259,14 @@ class Connection:
         """Call until the coordinator answers: pauses double up to the limit, with jitter."""
         failures = 0
         while True:
+            session = self._session
             try:
                 return call()
             except grpc.RpcError as rpc_error:
                 error: FedPrunerError = error_of(rpc_error)
+            if isinstance(error, UnknownClient) and session:  # the coordinator was restarted
+                self.register(instead_of=session)
+                continue
             if not isinstance(error, (Unavailable, Busy)):
                 raise error
             failures += 1

@@ -24,11 +24,13 @@ from fedpruner_server.storage import Storage
 
 Json = dict[str, Any]
 
+_CLOSED = "Closed"  # journal entry: the round is evaluated, exported and in metrics.jsonl
+
 
 class Coordinator:
     """Attributes:
     state: preparing, waiting, running, finished or failed; `explanation` says more.
-    round: the current round, None before the first.
+    round: the current round, None before the first; `closed` when nothing is left to do for it.
     adapter_round: the round whose adapter is the global one; 0 before the first.
     """
 
@@ -45,6 +47,7 @@ class Coordinator:
         self.losses_base: dict[str, float] = {}
         self.history: dict[int, RoundRecord] = {}
         self.round: Round | None = None
+        self.closed = False
         self.adapter_round = 0
         self.effects: asyncio.Queue[rounds.Effect] = asyncio.Queue()
         self._changed = asyncio.Event()
@@ -131,6 +134,7 @@ class Coordinator:
                     client_id, components, plan["predicted_peak_bytes"]
                 )
             self.history[number] = record
+            self.closed = False
         record = self.history[number]
         record.round = self.round
         if isinstance(event, rounds.UpdateStored):
@@ -140,22 +144,36 @@ class Coordinator:
             self.adapter_round = number
         return effects
 
-    def replay(self) -> bool:
-        """Take up the run where the journal ends; False if it has not begun.
+    def replay(self) -> None:
+        """Take up the run where the journal ends.
 
         The effects of the last event are carried out again, all of them bear repeating.
         """
         effects: tuple[rounds.Effect, ...] = ()
         for entry in self.storage.entries():
-            if entry.type == "Evaluated":
-                self.note_losses(entry.round, entry.data["losses"])
+            if entry.type == _CLOSED:
+                self._absorb_close(entry.round, entry.data)
+                effects = ()
                 continue
             event_class = getattr(rounds, entry.type)
             event: rounds.Event = event_class(**entry.data["event"])
             effects = self._absorb(entry.round, event, entry.data["extra"])
         for effect in effects:
             self.effects.put_nowait(effect)
-        return self.round is not None
+
+    def close_round(self, *, seconds: float) -> None:
+        """Journal that nothing is left to do for the current round."""
+        assert self.round is not None
+        record = self.history[self.round.number]
+        data = {"seconds": seconds, "losses": record.losses}
+        self.storage.append(self.round.number, _CLOSED, data)
+        self._absorb_close(self.round.number, data)
+
+    def _absorb_close(self, number: int, data: Json) -> None:
+        self.closed = True
+        self.history[number].seconds = data["seconds"]
+        if data["losses"]:
+            self.note_losses(number, data["losses"])
 
     def note_losses(self, number: int, losses: dict[str, float]) -> None:
         """Remember the held-out losses of a round's adapter, by file; 0 is the base model's."""

@@ -47,16 +47,18 @@ class Run:
         ticking = asyncio.create_task(self._tick())
         try:
             await self._prepare()
-            if not self._c.replay():
-                await self._open_round(1)
-            while True:
+            self._c.replay()
+            if self._c.round is None or self._c.closed:
+                await self._next_round()
+            while self._c.state != "finished":
                 effect = await self._next_effect(ticking)
                 if isinstance(effect, rounds.AssignTasks):
                     self._announce()
                 elif isinstance(effect, rounds.Aggregate):
                     await self._aggregate(effect.clients)
-                elif await self._close_round(effect):
-                    return
+                else:
+                    await self._close_round(effect)
+                    await self._next_round()
         finally:
             ticking.cancel()
             await self._torch.close()
@@ -113,8 +115,12 @@ class Run:
             )
         self._storage.remember("run", digest)
 
-    async def _open_round(self, number: int) -> None:
-        """Wait for enough devices, choose who takes part, plan, hand out."""
+    async def _next_round(self) -> None:
+        """Wait for enough devices, choose who takes part, plan, hand out; or finish."""
+        number = self._c.round.number + 1 if self._c.round else 1
+        if number > self._settings.run.num_rounds:
+            self._finish()
+            return
         while True:
             chosen = await self._gather(number)
             plans = await self._plan(number, chosen)
@@ -197,8 +203,8 @@ class Run:
         current = read_adapter(self._storage.adapter_path(self._c.adapter_round))
         write_adapter(aggregate(current, updates()), self._storage.adapter_path(number))
 
-    async def _close_round(self, effect: rounds.Effect) -> bool:
-        """Score and save what a round brought, then open the next; True after the last."""
+    async def _close_round(self, effect: rounds.Effect) -> None:
+        """Score and save what a round brought."""
         current, run = self._c.round, self._settings.run
         assert current is not None
         number, last = current.number, current.number >= run.num_rounds
@@ -212,19 +218,14 @@ class Run:
             self._export(adapter_dir)
             if self._settings.data.eval and (last or number % run.evaluate_every == 0):
                 losses = await self._torch.evaluate(adapter_dir)
-                self._storage.append(number, "Evaluated", {"losses": losses})
                 self._c.note_losses(number, losses)
             if number % run.save_every == 0:
                 self._export(self._storage.peft_dir(f"round-{number:04d}"))
             self._storage.drop_updates(number)
         for row in record.rows():
             self._storage.add_metrics(row)
+        self._c.close_round(seconds=record.seconds)
         self._log.info("round closed", round=number, loss=record.loss, phase=current.phase.value)
-        if last:
-            self._finish()
-            return True
-        await self._open_round(number + 1)
-        return False
 
     def _check_hope(self, number: int) -> None:
         """End the run when rounds keep failing."""
@@ -253,19 +254,21 @@ class Run:
         done = [record for record in history if record.round.phase is Phase.DONE]
         evaluated = [record for record in done if record.loss is not None]
         assert self._c.spec is not None
-        self._storage.add_metrics(
-            {
-                "type": "run",
-                "rounds": len(done),
-                "loss_base": self._c.loss_base,
-                "losses_base": self._c.losses_base,
-                "loss_final": evaluated[-1].loss if evaluated else self._c.loss_base,
-                "losses_final": evaluated[-1].losses if evaluated else self._c.losses_base,
-                "num_components_total": len(self._c.spec.full().components),
-                "model": str(self._c.blocks.model_dir),
-                "adapter_dir": str(final_dir.resolve()),
-            }
-        )
+        if not self._storage.fact("finished"):  # or this is a second look at a finished run
+            self._storage.add_metrics(
+                {
+                    "type": "run",
+                    "rounds": len(done),
+                    "loss_base": self._c.loss_base,
+                    "losses_base": self._c.losses_base,
+                    "loss_final": evaluated[-1].loss if evaluated else self._c.loss_base,
+                    "losses_final": evaluated[-1].losses if evaluated else self._c.losses_base,
+                    "num_components_total": len(self._c.spec.full().components),
+                    "model": str(self._c.blocks.model_dir),
+                    "adapter_dir": str(final_dir.resolve()),
+                }
+            )
+            self._storage.remember("finished", True)
         self._c.tell("finished", f"the run is complete: {len(done)} of {len(history)} rounds")
 
 

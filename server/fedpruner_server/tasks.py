@@ -74,7 +74,7 @@ class Tasks:
         Raises:
             BudgetTooSmall: no submodel fits this device.
         """
-        deadline = time.monotonic() + min(wait_s, PULL_WAIT_S)
+        deadline = time.monotonic() + min(PULL_WAIT_S, wait_s)
         while True:
             answer = self._next_for(device)
             left = deadline - time.monotonic()

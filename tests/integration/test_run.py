@@ -87,13 +87,19 @@ def test_two_unequal_devices_train_one_model(
     )
     server = start_server(start, tmp_path, config)
     address = address_of(server)
+    impatient = tmp_path / "agent.toml"
+    impatient.write_text('memory_budget = "4GiB"\nidle_s = 0.5\n')
     big = start_agent(
-        start, tmp_path, address, "big", texts["counting-train"], "--memory-budget", "4GiB"
+        start, tmp_path, address, "big", texts["counting-train"], "--config", str(impatient)
     )
     when_ready(address)
     server.wait_for("waiting for 1 of 2 agents")
     assert ask("status", address)["explanation"] == "waiting for 1 of 2 agents"
-    agent_memory = psutil.Process(big.pid).memory_info().rss
+    # While the device waits, its training process is gone and the agent itself is small.
+    big.wait_for("idle: the training process ends")
+    agent = psutil.Process(big.pid)
+    assert not agent.children()
+    agent_memory = agent.memory_info().rss
     budget = small_budget(address, floor_of(address))
     small = start_agent(
         start, tmp_path, address, "small", texts["letters-train"], "--memory-budget", str(budget)
@@ -180,6 +186,11 @@ def test_a_run_killed_in_the_middle_goes_on_and_ends_with_the_same_adapter(
         return load_file(Path(rows[-1]["adapter_dir"]) / "adapter_model.safetensors")
 
     whole = whole_run(tmp_path / "whole", kill_after=None)
+    left = (tmp_path / "whole/server/metrics.jsonl").read_text()
+    again = start_server(start, tmp_path / "whole", tmp_path / "server.toml")
+    assert again.wait() == 0
+    assert "the run is complete: 3 of 3 rounds" in again.output()
+    assert (tmp_path / "whole/server/metrics.jsonl").read_text() == left
     for moment in ("round=1 train_loss", "round 2 of 3: 1 devices train"):
         killed = whole_run(tmp_path / f"killed {moment[:7]}", kill_after=moment)
         assert whole.keys() == killed.keys()

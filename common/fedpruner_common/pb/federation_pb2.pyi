@@ -59,8 +59,8 @@ class PullTaskRequest(_message.Message):
     WAIT_S_FIELD_NUMBER: _ClassVar[int]
     client_id: str
     session: str
-    wait_s: int
-    def __init__(self, client_id: _Optional[str] = ..., session: _Optional[str] = ..., wait_s: _Optional[int] = ...) -> None: ...
+    wait_s: float
+    def __init__(self, client_id: _Optional[str] = ..., session: _Optional[str] = ..., wait_s: _Optional[float] = ...) -> None: ...
 
 class PullTaskReply(_message.Message):
     __slots__ = ("task", "waiting", "finished")
