@@ -1,9 +1,7 @@
 """The agent's loop; reads like the protocol: join, pull, fetch, train, push."""
 
-import signal
 import threading
 import time
-from types import FrameType
 
 from fedpruner_client.cache import Cache
 from fedpruner_client.config import AgentSettings
@@ -19,6 +17,7 @@ from fedpruner_common.errors import (
     Unauthenticated,
     UnknownClient,
 )
+from fedpruner_common.interrupt import Stopped, heard, raise_on_signals
 from fedpruner_common.log import get_logger
 from fedpruner_common.rpc import PULL_WAIT_S
 from fedpruner_common.task import Task
@@ -26,10 +25,6 @@ from fedpruner_common.units import format_bytes
 
 _ADAPTER_HEADROOM_BYTES = 16 << 20  # the safetensors header of the largest adapters
 _STAY_PAUSE_S = 10.0
-
-
-class Stopped(BaseException):
-    """SIGTERM or SIGINT came; unwinds the loop from wherever it is."""
 
 
 class Heartbeat(threading.Thread):
@@ -110,8 +105,7 @@ class Agent:
         Raises:
             FedPrunerError: the device cannot take part; the message says why.
         """
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, _raise_stopped)
+        raise_on_signals()
         try:
             connection = Connection(self._settings, self._offer())
             heartbeat = Heartbeat(connection, self._trainer)
@@ -126,12 +120,14 @@ class Agent:
                 heartbeat.start()
                 return self._loop(connection, heartbeat)
             except Stopped:
+                heard()
                 self._log.info("stopping")
                 return 0
             finally:
                 heartbeat.close()
                 connection.close()
         except Stopped:
+            heard()
             return 0
         finally:
             self._trainer.close()
@@ -191,6 +187,7 @@ class Agent:
         try:
             self._do(task, connection, heartbeat)
         except Stopped:
+            heard()
             _try_report(connection, task.task_id, "the agent was stopped")
             raise
         except StaleRound as error:
@@ -262,10 +259,6 @@ class Agent:
 def _adapter_limit(task: Task) -> int:
     """More bytes than the adapter can have: rank times the rows and columns of all tensors."""
     return sum(4 * task.lora.r * sum(info.shape) for info in task.tensors)
-
-
-def _raise_stopped(_signal: int, _frame: FrameType | None) -> None:
-    raise Stopped
 
 
 def _try_report(connection: Connection, task_id: str, reason: str) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedpruner_common.errors import FedPrunerError
+from fedpruner_common.interrupt import heard, held
 
 _STOP_S = 8.0
 _LOG_TAIL_LINES = 15
@@ -35,7 +36,7 @@ class Fleet:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # Agents first: they tell the coordinator that they leave.
+        heard()
         for member in reversed(self._members):
             if member.process.poll() is None:
                 member.process.terminate()
@@ -52,7 +53,8 @@ class Fleet:
         """Run `python -m module arguments` with its log in a file of its own."""
         log_path = self._log_dir / f"{name}.log"
         log_path.parent.mkdir(parents=True, exist_ok=True)
-        with log_path.open("w") as log:
+        # Held: a process that is started must also be in the list of those to stop.
+        with log_path.open("w") as log, held():
             process = subprocess.Popen(
                 [sys.executable, "-m", module, *arguments],
                 stdin=subprocess.DEVNULL,
@@ -61,8 +63,8 @@ class Fleet:
                 text=True,
                 start_new_session=True,  # Ctrl-C reaches the demo alone, which stops the fleet
             )
-        member = Member(name, process, log_path)
-        self._members.append(member)
+            member = Member(name, process, log_path)
+            self._members.append(member)
         return member
 
     def start_server(self, config: Path) -> tuple[Member, str]:

@@ -1,12 +1,10 @@
 """The demo from start to end: data, coordinator, agents with binding budgets, results."""
 
 import json
-import signal
 import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -20,6 +18,7 @@ from fedpruner_client.ctl.demo.summary import closed_rounds, read_summary, show_
 from fedpruner_client.ctl.demo.userdata import split_user_data
 from fedpruner_client.trainer import Trainer
 from fedpruner_common.errors import FedPrunerError, Unavailable
+from fedpruner_common.interrupt import Stopped, raise_on_signals
 from fedpruner_common.pb import admin_pb2 as pb
 from fedpruner_common.units import format_bytes
 
@@ -74,18 +73,14 @@ def run_demo(options: DemoOptions) -> int:
     if run_dir.exists() and any(run_dir.iterdir()):
         raise FedPrunerError(f"{run_dir} is not empty: give another --output-dir")
     run_dir.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, _interrupt)
+    raise_on_signals()
     try:
         with Fleet(run_dir / "logs") as fleet:
             _run(options, run_dir, fleet, console)
-    except KeyboardInterrupt:
+    except Stopped:
         console.print(f"stopped; everything up to here is in {run_dir}")
         return 130
     return 0
-
-
-def _interrupt(_signal: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 def _run(options: DemoOptions, run_dir: Path, fleet: Fleet, console: Console) -> None:
