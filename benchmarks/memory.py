@@ -3,7 +3,8 @@
     python -m benchmarks.memory > benchmarks/results/memory.jsonl
 
 Every configuration is trained for real in the agent's own training process, three steps, and the
-peak is the kernel's high-water mark of its resident set. None of them was used to fit the model.
+peak is the kernel's high-water mark of its resident set. First the demo's base model in many
+shapes, then random models of other families in one shape.
 """
 
 import itertools
@@ -11,8 +12,8 @@ import json
 import platform
 import statistics
 import subprocess
-import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ from fedpruner_server.export import write_adapter
 MIB = 1 << 20
 SHAPES = [(4, 128), (8, 256), (16, 256), (4, 1024)]
 LAYERS = [2, 6, 12]
+FAMILY_LAYERS = [2, 6]
+FAMILIES = ["gpt2", "gpt_neox", "gemma2", "mistral", "olmo2", "phi3", "qwen3"]
 VARIANTS: list[dict[str, Any]] = [
     {"dtype": "float32"},
     {"dtype": "bfloat16"},
@@ -66,8 +69,32 @@ def cut_out(blocks: BlockStore, folder: Path) -> dict[str, dict[str, Any]]:
     return tensors
 
 
+def make_model(family: str, folder: Path) -> Path:
+    """A random model of six layers, with the demo's tokenizer."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(BASE_MODEL_DIR)
+    config = transformers.AutoConfig.for_model(
+        family,
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=4 if family == "gpt_neox" else 2,
+        head_dim=32,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+    torch.manual_seed(0)
+    model_dir = folder / family
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(model_dir)
+    tokenizer.save_pretrained(model_dir)
+    return model_dir
+
+
 def measure(
     folder: Path,
+    model_dir: Path,
     spec: ModelSpec,
     tensors: dict[str, dict[str, Any]],
     submodel: Submodel,
@@ -90,7 +117,7 @@ def measure(
             {
                 "task_id": "benchmark",
                 "client_id": "benchmark",
-                "config_dir": str(BASE_MODEL_DIR),
+                "config_dir": str(model_dir),
                 "num_layers": spec.num_layers,
                 "components": [str(component) for component in submodel.components],
                 "tensors": [tensors[name] for name in spec.tensor_names(submodel)],
@@ -112,7 +139,10 @@ def measure(
 
 def environment() -> dict[str, Any]:
     commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+        ["git", "describe", "--always", "--dirty=+changes"],
+        capture_output=True,
+        text=True,
+        check=False,
     ).stdout.strip()
     return {
         "command": "python -m benchmarks.memory",
@@ -124,32 +154,43 @@ def environment() -> dict[str, Any]:
     }
 
 
+def cases(folder: Path) -> Iterator[tuple[str, Path, TrainingOptions, list[int]]]:
+    """(model's name, model's directory, training shape, numbers of layers)."""
+    for (batch, seq_len), variant in itertools.product(SHAPES, VARIANTS):
+        shape = {"per_device_train_batch_size": batch, "max_seq_length": seq_len, "max_steps": 3}
+        yield "demo", BASE_MODEL_DIR, TrainingOptions(**shape, **variant), LAYERS
+    shape = {"per_device_train_batch_size": 8, "max_seq_length": 256, "max_steps": 3}
+    for family in FAMILIES:
+        yield family, make_model(family, folder), TrainingOptions(**shape), FAMILY_LAYERS
+
+
 def main() -> None:
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     lora = LoraOptions()
     errors, added_errors = [], []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_domain("bytecode", folder)
-        blocks = BlockStore(BASE_MODEL_DIR, hash_cache=folder / "hashes.json")
-        tensors = cut_out(blocks, folder)
         worker = Child("fedpruner_server.torch_jobs", log_path=folder / "torch_jobs.log")
-        for (batch, seq_len), variant in itertools.product(SHAPES, VARIANTS):
-            options = TrainingOptions(
-                per_device_train_batch_size=batch, max_seq_length=seq_len, max_steps=3, **variant
-            )
+        for model, model_dir, options, sizes in cases(folder):
+            blocks = BlockStore(model_dir, hash_cache=folder / f"{model}.json")
+            tensors = cut_out(blocks, folder)
             spec = describe(worker, blocks, lora, options)
-            for num_layers in LAYERS:
+            for num_layers in sizes:
                 kept = [c for c in spec.full().components if c.layer < num_layers]
                 submodel = Submodel.of(spec.num_layers, kept)
-                floor, measured = measure(folder, spec, tensors, submodel, lora, options)
+                floor, measured = measure(folder, model_dir, spec, tensors, submodel, lora, options)
                 predicted = predicted_peak_bytes(spec.memory, kept, floor_bytes=floor)
                 errors.append(predicted / measured - 1)
                 added_errors.append((predicted - floor) / (measured - floor) - 1)
                 row = {
+                    "model": model,
                     "layers": num_layers,
-                    "batch": batch,
-                    "seq_len": seq_len,
-                    **variant,
+                    "batch": options.per_device_train_batch_size,
+                    "seq_len": options.max_seq_length,
+                    "dtype": options.dtype,
+                    "gradient_checkpointing": options.gradient_checkpointing,
                     "floor_mib": round(floor / MIB, 1),
                     "predicted_mib": round(predicted / MIB, 1),
                     "measured_mib": round(measured / MIB, 1),
@@ -157,13 +198,11 @@ def main() -> None:
                     "error_above_floor": round(added_errors[-1], 4),
                 }
                 print(json.dumps(row), flush=True)
-                print(row, file=sys.stderr, flush=True)
         worker.close()
-    worst = max(range(len(errors)), key=lambda index: abs(errors[index]))
     summary = {
         "configurations": len(errors),
         "mean_absolute_error": round(statistics.mean(map(abs, errors)), 4),
-        "worst_error": round(errors[worst], 4),
+        "worst_error": round(max(errors, key=abs), 4),
         "mean_absolute_error_above_floor": round(statistics.mean(map(abs, added_errors)), 4),
         **environment(),
     }

@@ -292,3 +292,13 @@ def test_submodels_without_a_common_component_share_only_the_shared_tensors(
     upper = Submodel.of(5, components("0.ffn 1.attention"))
     common = set(llama.spec.tensor_names(lower)) & set(llama.spec.tensor_names(upper))
     assert common == set(llama.spec.shared_tensors)
+
+
+def test_the_base_models_own_dropout_is_off(tmp_path: Path) -> None:
+    transformers.GPT2Config(attn_pdrop=0.1, resid_pdrop=0.2, embd_pdrop=0.3).save_pretrained(
+        tmp_path
+    )
+    config = read_config(tmp_path)
+    assert (config.attn_pdrop, config.resid_pdrop, config.embd_pdrop) == (0.0, 0.0, 0.0)
+    transformers.LlamaConfig(attention_dropout=0.1).save_pretrained(tmp_path)
+    assert read_config(tmp_path).attention_dropout == 0.0

@@ -29,7 +29,10 @@ assert set(TORCH_DTYPES) == set(ITEM_BYTES)
 
 
 def read_config(model_dir: Path) -> PreTrainedConfig:
-    """The model's configuration; never runs code from the directory.
+    """The model's configuration, its own dropout off; never runs code from the directory.
+
+    A frozen model has nothing to regularise (LoRA has a dropout of its own), and any dropout in
+    attention forces a path that saves half as much again for the backward pass.
 
     Raises:
         ModelError: missing, unreadable or of an unknown model type.
@@ -42,6 +45,9 @@ def read_config(model_dir: Path) -> PreTrainedConfig:
         )
     except Exception as error:  # transformers raises anything here
         raise ModelError(f"{model_dir / 'config.json'} cannot be used: {error}") from error
+    for name, value in config.to_dict().items():
+        if ("dropout" in name or name.endswith("_pdrop")) and isinstance(value, float):
+            setattr(config, name, 0.0)
     return config
 
 
