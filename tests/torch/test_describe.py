@@ -21,6 +21,7 @@ from torch_support import (
 
 from fedpruner_common.components import all_components
 from fedpruner_common.errors import ConfigError, ModelError
+from fedpruner_common.modeling.load import read_config
 from fedpruner_common.submodel import Submodel
 from fedpruner_server.config import LoraOptions, TrainingOptions
 from fedpruner_server.describe import describe
