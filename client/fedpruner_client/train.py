@@ -16,9 +16,11 @@ OnStep = Callable[[int, float], None]
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """Attributes:
-    num_tokens: tokens with loss that were trained on.
-    loss_first, loss_last: mean loss of the first and last optimizer step, nats per token.
+    """What one local training did.
+
+    Attributes:
+        num_tokens: tokens with loss that were trained on.
+        loss_first, loss_last: mean loss of the first and last optimizer step, nats per token.
     """
 
     num_tokens: int

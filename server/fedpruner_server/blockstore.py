@@ -24,10 +24,12 @@ _MODEL_FILES = (
 
 
 class BlockStore:
-    """Attributes:
-    model_dir: the Hugging Face directory.
-    tensors: name -> what it is.
-    files: config and tokenizer.
+    """The blobs of one base model.
+
+    Attributes:
+        model_dir: the Hugging Face directory.
+        tensors: name -> what it is.
+        files: config and tokenizer.
     """
 
     def __init__(self, model_dir: Path, *, hash_cache: Path) -> None:

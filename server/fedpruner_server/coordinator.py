@@ -28,10 +28,12 @@ _CLOSED = "Closed"  # journal entry: the round is evaluated, exported and in met
 
 
 class Coordinator:
-    """Attributes:
-    state: preparing, waiting, running, finished or failed; `explanation` says more.
-    round: the current round, None before the first; `closed` when nothing is left to do for it.
-    adapter_round: the round whose adapter is the global one; 0 before the first.
+    """The state of one run, and the only way to change it.
+
+    Attributes:
+        state: preparing, waiting, running, finished or failed; `explanation` says more.
+        round: the current round, None before the first; `closed` when nothing is left to do for it.
+        adapter_round: the round whose adapter is the global one; 0 before the first.
     """
 
     def __init__(self, settings: ServerSettings, storage: Storage, blocks: BlockStore) -> None:

@@ -48,9 +48,11 @@ class TokenSequence:
 
 @dataclass(frozen=True)
 class Batch:
-    """Attributes:
-    input_ids, labels: (batch, seq_len).
-    attention_mask: of the same shape, 1 on real tokens; None when nothing is padded.
+    """Sequences stacked for one forward pass.
+
+    Attributes:
+        input_ids, labels: (batch, seq_len).
+        attention_mask: of the same shape, 1 on real tokens; None when nothing is padded.
     """
 
     input_ids: torch.Tensor

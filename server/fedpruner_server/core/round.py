@@ -42,13 +42,15 @@ class TaskState:
 
 @dataclass(frozen=True)
 class Round:
-    """Attributes:
-    number: 1-based.
-    phase: where it stands.
-    quorum: fewest updates to aggregate.
-    deadline: when waiting ends, in the clock of `Tick`.
-    tasks: client -> its task.
-    explanation: one sentence for people, when there is something to explain.
+    """One round; never changed, `step` returns the next.
+
+    Attributes:
+        number: 1-based.
+        phase: where it stands.
+        quorum: fewest updates to aggregate.
+        deadline: when waiting ends, in the clock of `Tick`.
+        tasks: client -> its task.
+        explanation: one sentence for people, when there is something to explain.
     """
 
     number: int

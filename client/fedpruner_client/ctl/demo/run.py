@@ -50,10 +50,12 @@ class DemoOptions:
 
 @dataclass(frozen=True)
 class LocalData:
-    """Attributes:
-    private: one training file per device.
-    held_out: what the coordinator evaluates on.
-    public: what it measures the layers on.
+    """The demo's text, by who may see it.
+
+    Attributes:
+        private: one training file per device.
+        held_out: what the coordinator evaluates on.
+        public: what it measures the layers on.
     """
 
     private: tuple[Path, ...]
