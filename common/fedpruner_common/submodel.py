@@ -63,6 +63,23 @@ class Submodel:
         """Layers of which at least one half is kept, ascending."""
         return tuple(sorted({component.layer for component in self.components}))
 
+    def dropped_runs(self) -> tuple[tuple[ComponentId, ...], ...]:
+        """Stretches of dropped components that one bridge can stand for, in forward order.
+
+        Maximal, except that a layer's dropped attention is on its own where its ffn is kept: with
+        parallel halves that ffn reads what comes into the layer, which must be right by then.
+        """
+        kept = set(self.components)
+        runs: list[list[ComponentId]] = [[]]
+        for layer in range(self.num_layers):
+            attention, ffn = ComponentId(layer, Kind.ATTENTION), ComponentId(layer, Kind.FFN)
+            if attention in kept or ffn in kept:
+                runs.append([])
+            runs[-1] += [component for component in (attention, ffn) if component not in kept]
+            if ffn in kept:
+                runs.append([])
+        return tuple(tuple(run) for run in runs if run)
+
     def picture(self) -> str:
         """One character a layer, for people: both halves ■, attention ▀, ffn ▄, none ·."""
         dropped = self.skipped()

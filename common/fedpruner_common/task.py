@@ -1,6 +1,7 @@
 """What the coordinator asks of one client in one round, and what comes back beside the tensors."""
 
 from dataclasses import dataclass
+from enum import Enum
 
 from fedpruner_common.manifest import FileInfo, TensorInfo
 from fedpruner_common.submodel import Submodel
@@ -33,6 +34,9 @@ class TrainingSettings:
         learning_rate: of this round; the coordinator follows the schedule over rounds.
         dtype: of the base weights in memory: float32, bfloat16 or auto (as stored).
         seed: of this client's data order in this round.
+        proximal_mu: FedProx: half of it times the squared distance from the global adapter is added
+            to the loss.
+        train_factor: which LoRA factors train this round: both, A or B.
     """
 
     per_device_train_batch_size: int
@@ -45,6 +49,40 @@ class TrainingSettings:
     gradient_checkpointing: bool
     dtype: str
     seed: int
+    proximal_mu: float = 0.0
+    train_factor: str = "both"
+
+
+class BridgeKind(str, Enum):
+    """What stands in for a run of dropped components; see `modeling.bridges`."""
+
+    OFF = "off"
+    SCALE = "scale"
+    LOWRANK = "lowrank"
+    FULL = "full"
+
+
+@dataclass(frozen=True)
+class BridgeSettings:
+    """How the runs of dropped components are bridged on a device.
+
+    Attributes:
+        kind: which map.
+        rank: of a low-rank one.
+        local: the device fits the map on its own text; else the coordinator did, on public text.
+        corrected: the device notes what the map misses on every token of the round's batches and
+            adds it in training, so that training starts in the full model's function exactly.
+    """
+
+    kind: BridgeKind = BridgeKind.OFF
+    rank: int = 0
+    local: bool = False
+    corrected: bool = False
+
+    @property
+    def sweeps(self) -> bool:
+        """The device runs the full model once per round, one layer in memory at a time."""
+        return self.local or self.corrected
 
 
 @dataclass(frozen=True)
@@ -58,6 +96,10 @@ class Task:
         tensors: every base tensor it needs; fetch what the cache lacks.
         files: config and tokenizer.
         predicted_peak_bytes: what the coordinator expects training to need.
+        bridge: what stands in for the dropped runs. Where the device sweeps the full model,
+            `tensors` and the adapter are those of the full model, and only the submodel's train.
+        bridge_file: bridges that the coordinator fitted, None if there are none.
+        streamed: kept layers that are in memory only while they work.
     """
 
     task_id: str
@@ -68,6 +110,9 @@ class Task:
     lora: LoraSettings
     training: TrainingSettings
     predicted_peak_bytes: int
+    bridge: BridgeSettings = BridgeSettings()
+    bridge_file: FileInfo | None = None
+    streamed: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -46,3 +46,20 @@ def test_the_full_submodel_drops_nothing():
 
 def test_the_picture_shows_each_layer_as_one_character():
     assert Submodel.of(4, [A0, F0, A1, F2]).picture() == "■▀▄·"
+
+
+def test_dropped_runs_are_maximal_but_for_an_attention_whose_ffn_is_kept() -> None:
+    def runs(picture: str) -> list[str]:
+        kinds = {"■": [Kind.ATTENTION, Kind.FFN], "▀": [Kind.ATTENTION], "▄": [Kind.FFN], "·": []}
+        kept = [ComponentId(i, kind) for i, c in enumerate(picture) for kind in kinds[c]]
+        found = Submodel.of(len(picture), kept).dropped_runs()
+        return [" ".join(f"{c.layer}{c.kind.value[0]}" for c in run) for run in found]
+
+    assert runs("■■■") == []
+    assert runs("■··■") == ["1a 1f 2a 2f"]
+    assert runs("·■·") == ["0a 0f", "2a 2f"]
+    assert runs("■▀▀■") == ["1f", "2f"]
+    assert runs("■▀·■") == ["1f 2a 2f"]
+    assert runs("■▀·▄■") == ["1f 2a 2f", "3a"]
+    assert runs("▄▄") == ["0a", "1a"]
+    assert runs("···") == ["0a 0f 1a 1f 2a 2f"]

@@ -23,32 +23,41 @@ class ZeroStub(nn.Module):
     Attributes:
         returns: length of the tuple the core returned, 0 for a bare tensor.
         layer_index: of a dropped attention; keeps the KV cache's length right.
+        bridge: what it adds instead of nothing, at the first core of a dropped run.
     """
+
+    bridge: nn.Module | None
 
     def __init__(self, returns: int, layer_index: int | None = None) -> None:
         super().__init__()
         self.returns = returns
         self.layer_index = layer_index
+        self.bridge = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         hidden = _hidden_states(args, kwargs)
         if self.layer_index is not None:
             _touch_cache(args, kwargs, hidden, self.layer_index)
         # Of full shape: some layers view it or add to it in place.
-        zeros = torch.zeros_like(hidden)
-        return (zeros,) + (None,) * (self.returns - 1) if self.returns else zeros
+        added = torch.zeros_like(hidden) if self.bridge is None else self.bridge(hidden)
+        return (added,) + (None,) * (self.returns - 1) if self.returns else added
 
 
 class SkippedLayer(nn.Module):
-    """Stands for a layer that lost both halves: the identity."""
+    """Stands for a layer that lost both halves: the identity, plus a bridge if it has one."""
+
+    bridge: nn.Module | None
 
     def __init__(self, returns: int, layer_index: int) -> None:
         super().__init__()
         self.returns = returns
         self.layer_index = layer_index
+        self.bridge = None
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         _touch_cache(args, kwargs, hidden_states, self.layer_index)
+        if self.bridge is not None:
+            hidden_states = hidden_states + self.bridge(hidden_states)
         return (hidden_states,) + (None,) * (self.returns - 1) if self.returns else hidden_states
 
 
