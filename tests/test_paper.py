@@ -9,14 +9,14 @@ import pytest
 from fedpruner_common.adapters import LoraTarget
 from fedpruner_common.budget import MemoryProfile
 from fedpruner_common.components import Kind, all_components
+from fedpruner_common.similarity import CkaAccumulator, gram, hsic1
 from fedpruner_common.spec import ModelSpec
+from fedpruner_common.statistics import Family, FamilyStatistics, Granularity, Statistics
 from fedpruner_common.submodel import Submodel
 from fedpruner_server.core.aggregation import ClientUpdate, aggregate
 from fedpruner_server.core.grouping import spectral_groups
 from fedpruner_server.core.planning import ClientPlan, PlanSettings, plan_client
 from fedpruner_server.core.selection import choose
-from fedpruner_server.core.similarity import CkaAccumulator, gram, hsic1
-from fedpruner_server.core.statistics import Family, FamilyStatistics, Granularity, Statistics
 
 MIB = 1 << 20
 EMPTY = 12 * MIB  # what the process needs beside a floor of 0 and the weights

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Sequence
 
 from fedpruner_client.cache import Cache
 from fedpruner_client.config import AgentSettings
@@ -19,8 +20,9 @@ from fedpruner_common.errors import (
 )
 from fedpruner_common.interrupt import Stopped, heard, raise_on_signals
 from fedpruner_common.log import get_logger
+from fedpruner_common.manifest import FileInfo, TensorInfo
 from fedpruner_common.rpc import PULL_WAIT_S
-from fedpruner_common.task import Task
+from fedpruner_common.task import ProbeTask, Task
 from fedpruner_common.units import format_bytes
 
 _ADAPTER_HEADROOM_BYTES = 16 << 20  # the safetensors header of the largest adapters
@@ -182,10 +184,13 @@ class Agent:
             self._log.info("idle: the training process ends, its memory is free again")
             self._trainer.close()
 
-    def _work(self, task: Task, connection: Connection, heartbeat: Heartbeat) -> None:
+    def _work(self, task: Task | ProbeTask, connection: Connection, heartbeat: Heartbeat) -> None:
         """Do one task, or tell the coordinator why not."""
         try:
-            self._do(task, connection, heartbeat)
+            if isinstance(task, ProbeTask):
+                self._probe(task, connection, heartbeat)
+            else:
+                self._do(task, connection, heartbeat)
         except Stopped:
             heard()
             _try_report(connection, task.task_id, "the agent was stopped")
@@ -215,12 +220,9 @@ class Agent:
             predicted_peak=format_bytes(task.predicted_peak_bytes),
         )
         heartbeat.working_on(task.task_id, "fetching")
-        blobs = {tensor.hash: tensor.num_bytes for tensor in task.tensors}
-        blobs |= {file.hash: file.num_bytes for file in task.files}
-        fetched = connection.fetch(blobs, self._cache)
-        adapter_path = self._trainer.adapter_path()
-        fetched += connection.fetch_adapter(
-            task.task_id, adapter_path, max_bytes=_ADAPTER_HEADROOM_BYTES + _adapter_limit(task)
+        files = [*task.files, task.bridge_file] if task.bridge_file else task.files
+        fetched = self._fetch(
+            connection, task.task_id, (*task.tensors, *task.other_tensors), files, task.lora.r
         )
         heartbeat.working_on(task.task_id, "training")
 
@@ -240,6 +242,31 @@ class Agent:
             fetched=format_bytes(fetched),
         )
 
+    def _probe(self, task: ProbeTask, connection: Connection, heartbeat: Heartbeat) -> None:
+        """Measure the layers on this device's text."""
+        self._log.info("measuring the layers", score=task.score)
+        heartbeat.working_on(task.task_id, "fetching")
+        self._fetch(connection, task.task_id, task.tensors, task.files, task.lora.r)
+        heartbeat.working_on(task.task_id, "measuring layers")
+        statistics = self._trainer.probe(task, self._cache)
+        connection.push_statistics(task.task_id, statistics)
+
+    def _fetch(
+        self,
+        connection: Connection,
+        task_id: str,
+        tensors: Sequence[TensorInfo],
+        files: Sequence[FileInfo],
+        rank: int,
+    ) -> int:
+        """Have everything a task needs in the cache, and its adapter; returns bytes received."""
+        blobs = {tensor.hash: tensor.num_bytes for tensor in tensors}
+        blobs |= {file.hash: file.num_bytes for file in files}
+        fetched = connection.fetch(blobs, self._cache)
+        limit = _ADAPTER_HEADROOM_BYTES + _adapter_limit(tensors, rank)
+        adapter_path = self._trainer.adapter_path()
+        return fetched + connection.fetch_adapter(task_id, adapter_path, max_bytes=limit)
+
     @staticmethod
     def _check_affordable(task: Task, offer: Offer) -> None:
         """Never trust the plan alone: refuse what this device did not offer.
@@ -256,9 +283,9 @@ class Agent:
             )
 
 
-def _adapter_limit(task: Task) -> int:
+def _adapter_limit(tensors: Sequence[TensorInfo], rank: int) -> int:
     """More bytes than the adapter can have: rank times the rows and columns of all tensors."""
-    return sum(4 * task.lora.r * sum(info.shape) for info in task.tensors)
+    return sum(4 * rank * sum(info.shape) for info in tensors)
 
 
 def _try_report(connection: Connection, task_id: str, reason: str) -> None:

@@ -24,8 +24,9 @@ from fedpruner_common.errors import (
 from fedpruner_common.log import get_logger
 from fedpruner_common.pb import federation_pb2 as pb
 from fedpruner_common.pb.federation_pb2_grpc import FederationStub
+from fedpruner_common.statistics import Statistics
 from fedpruner_common.status import error_of
-from fedpruner_common.task import Task, UpdateMetrics
+from fedpruner_common.task import ProbeTask, Task, UpdateMetrics
 
 T = TypeVar("T")
 
@@ -127,7 +128,7 @@ class Connection:
         task: str = reply.task_id
         return task
 
-    def pull(self, *, wait_s: float) -> Task | Waiting | Finished:
+    def pull(self, *, wait_s: float) -> Task | ProbeTask | Waiting | Finished:
         """The next task, or why there was none for so long."""
 
         def call() -> pb.PullTaskReply:
@@ -140,6 +141,8 @@ class Connection:
         kind = reply.WhichOneof("reply")
         if kind == "task":
             return convert.task_from_pb(reply.task)
+        if kind == "probe":
+            return convert.probe_from_pb(reply.probe)
         return Finished(reply.finished) if kind == "finished" else Waiting(reply.waiting)
 
     def fetch(self, blobs: dict[str, int], cache: Cache) -> int:
@@ -244,6 +247,18 @@ class Connection:
                 yield pb.PushUpdateRequest(chunk=chunk)
 
         self._retry(lambda: self._stub.PushUpdate(messages()), "upload the update")
+
+    def push_statistics(self, task_id: str, statistics: Statistics) -> None:
+        """Tell the coordinator about the layers."""
+
+        def call() -> None:
+            request = pb.PushStatisticsRequest(
+                client_id=self._client_id, session=self._session, task_id=task_id
+            )
+            convert.statistics_to_pb(statistics, request)
+            self._stub.PushStatistics(request, timeout=rpc.UNARY_TIMEOUT_S)
+
+        self._retry(call, "send the statistics")
 
     def report_failure(self, task_id: str, reason: str) -> None:
         """Tell the coordinator not to wait for this device. Does not retry."""

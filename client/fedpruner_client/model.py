@@ -1,6 +1,7 @@
 """Cached tensors -> a submodel with the task's adapter, ready to train."""
 
 from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,16 @@ from peft import (
     set_peft_model_state_dict,
 )
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from fedpruner_common.adapters import from_peft
 from fedpruner_common.errors import CorruptChunk, ModelError
 from fedpruner_common.manifest import TensorInfo
+from fedpruner_common.modeling.anatomy import LayerAnatomy
 from fedpruner_common.modeling.check import find_anatomy
 from fedpruner_common.modeling.load import TORCH_DTYPES, load_submodel, map_tensor, read_config
+from fedpruner_common.modeling.meta import decoder_layers
 from fedpruner_common.submodel import Submodel
 from fedpruner_common.task import LoraSettings
 
@@ -34,51 +39,153 @@ class LocalTensor:
     path: Path
 
 
+@dataclass(frozen=True)
+class Skeleton:
+    """A model without its weights, kept between tasks.
+
+    Attributes:
+        config: of the full model.
+        anatomy: of its layers.
+    """
+
+    config: PreTrainedConfig
+    anatomy: list[LayerAnatomy]
+
+    @classmethod
+    def read(cls, config_dir: Path) -> "Skeleton":
+        """The skeleton of the model in a Hugging Face directory.
+
+        Raises:
+            ModelError: it cannot be pruned.
+        """
+        config = read_config(config_dir)
+        return cls(config, find_anatomy(config))
+
+
+@dataclass(frozen=True)
+class MappedModel:
+    """A transformers model and what its weights are.
+
+    Attributes:
+        model: the model; with the stored dtype its weights are the mappings.
+        mapped: mappings of the cache files.
+        dtype: to compute with; the weights' own unless they are streamed.
+    """
+
+    model: Any
+    mapped: tuple[torch.Tensor, ...]
+    dtype: torch.dtype
+
+
 def build_submodel(
-    config_dir: Path,
+    skeleton: Skeleton,
     submodel: Submodel,
-    tensors: list[LocalTensor],
+    tensors: Sequence[LocalTensor],
     *,
     dtype: str,
     device: torch.device,
-) -> Any:
-    """The submodel from exactly the tensors this device was sent.
+    streamed: Collection[int] = (),
+) -> MappedModel:
+    """The submodel from the tensors this device was sent.
 
     Built on the meta device; with the stored dtype on the CPU its weights are mappings of the cache
     files and take no anonymous memory.
 
     Args:
-        config_dir: config and tokenizer of the full model.
+        skeleton: of the full model.
         submodel: what to keep.
-        tensors: all it needs.
+        tensors: all it needs, and no other.
         dtype: float32, bfloat16, or auto: as most tensors are stored.
         device: to train on.
+        streamed: layers to leave as they are stored, for `streaming` to bring in.
 
     Raises:
         ModelError: a tensor is missing or damaged, or the model cannot be pruned.
     """
-    config = read_config(config_dir)
-    anatomy = find_anatomy(config)
-    if len(anatomy) != submodel.num_layers:
-        raise ModelError(f"the task says {submodel.num_layers} layers, the config {len(anatomy)}")
+    if len(skeleton.anatomy) != submodel.num_layers:
+        raise ModelError(
+            f"the task says {submodel.num_layers} layers, the config {len(skeleton.anatomy)}"
+        )
     most_common = Counter(tensor.info.dtype for tensor in tensors).most_common(1)[0][0]
+    stored = TORCH_DTYPES[most_common]
+    wanted = _DTYPES.get(dtype) or stored
+    mapped = {tensor.info.name: map_tensor(tensor.info, tensor.path) for tensor in tensors}
     model = load_submodel(
-        config,
-        anatomy,
+        skeleton.config,
+        skeleton.anatomy,
         submodel,
-        {tensor.info.name: map_tensor(tensor.info, tensor.path) for tensor in tensors},
-        dtype=_DTYPES.get(dtype) or TORCH_DTYPES[most_common],
+        mapped,
+        dtype=stored if streamed else wanted,
     )
     model.config.use_cache = False
-    return model.to(device)
+    if streamed:
+        _move_others(model, streamed, wanted, device)
+    else:
+        model = model.to(device)
+    return MappedModel(model, tuple(mapped.values()), wanted)
 
 
-def add_adapter(model: Any, lora: LoraSettings, adapter_path: Path) -> PeftModel:
+def _move_others(
+    model: Any, streamed: Collection[int], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Bring all but the streamed layers' parameters to where and how they are computed with."""
+    layers = decoder_layers(model)
+    resting = {id(p) for index in streamed for p in layers[index].parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in resting:
+            parameter.data = parameter.data.to(device, dtype)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+
+
+def read_adapter(path: Path) -> dict[str, torch.Tensor]:
+    """The adapter in a file, by PEFT's names.
+
+    Raises:
+        CorruptChunk: it is not a safetensors file.
+    """
+    try:
+        values: dict[str, torch.Tensor] = load_file(path)
+    except Exception as error:  # safetensors has an exception of its own
+        raise CorruptChunk(f"the adapter cannot be read: {error}") from error
+    return values
+
+
+def adapted_modules(adapter: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
+    """The modules that an adapter is for, sorted.
+
+    Raises:
+        CorruptChunk: a name is not PEFT's.
+    """
+    try:
+        return tuple(sorted({from_peft(key).rpartition(".")[0] for key in adapter}))
+    except ValueError as error:
+        raise CorruptChunk(f"the adapter cannot be used: {error}") from error
+
+
+def part_of(adapter: Mapping[str, torch.Tensor], lora: LoraSettings) -> dict[str, torch.Tensor]:
+    """The values of the task's own modules in an adapter that may be for more.
+
+    Raises:
+        CorruptChunk: a name is not PEFT's.
+    """
+    wanted = set(lora.target_modules) & set(adapted_modules(adapter))
+    return {k: v for k, v in adapter.items() if from_peft(k).rpartition(".")[0] in wanted}
+
+
+def add_adapter(
+    model: Any, lora: LoraSettings, adapter: Path | Mapping[str, torch.Tensor]
+) -> PeftModel:
     """Put LoRA on the task's modules, with the global adapter's values.
 
     Raises:
         CorruptChunk: the adapter is not the one these modules need.
     """
+    values = read_adapter(adapter) if isinstance(adapter, Path) else dict(adapter)
+    foreign = sorted(set(lora.target_modules) - {name for name, _ in model.named_modules()})
+    if foreign:
+        raise CorruptChunk(f"the adapter is for modules the model has not got: {foreign[0]}")
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.lora_alpha,
@@ -88,16 +195,17 @@ def add_adapter(model: Any, lora: LoraSettings, adapter_path: Path) -> PeftModel
         task_type="CAUSAL_LM",
     )
     peft_model = get_peft_model(model, config)
-    try:
-        values = load_file(adapter_path)
-    except Exception as error:  # safetensors has an exception of its own
-        raise CorruptChunk(f"the adapter cannot be read: {error}") from error
     expected = {name: value.shape for name, value in _adapter_state(peft_model).items()}
     found = {name: value.shape for name, value in values.items()}
     if found != expected:
         names = sorted(name for name, _ in found.items() ^ expected.items())[:3]
         raise CorruptChunk(f"the adapter does not fit the submodel: {', '.join(names)}")
     set_peft_model_state_dict(peft_model, values)
+    # PEFT puts an adapter where its layer is, and a streamed layer only works on the device.
+    device = model.get_input_embeddings().weight.device
+    for name, module in peft_model.named_modules():
+        if name.endswith((".lora_A", ".lora_B")):
+            module.to(device)
     return peft_model
 
 

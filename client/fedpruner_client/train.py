@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from fedpruner_common.modeling.data import Batch, TokenSequence, collate
 from fedpruner_common.task import TrainingSettings
 
 OnStep = Callable[[int, float], None]
+OnBatch = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,12 @@ def train(
     pad_token_id: int,
     device: torch.device,
     on_step: OnStep,
+    on_batch: OnBatch = lambda _: None,
 ) -> TrainingResult:
     """Train the model's adapter in place for `max_steps` optimizer steps.
 
-    The optimizer starts fresh: its moments belong to this device's submodel of this round.
+    The optimizer starts fresh: its moments belong to this device's submodel of this round. With
+    `proximal_mu`, the adapter is pulled towards where it started (FedProx, Li et al. 2020).
 
     Args:
         model: with an adapter; only that has gradients.
@@ -50,6 +54,7 @@ def train(
         pad_token_id: to pad shorter sequences with.
         device: where the model is.
         on_step: called after every step with its number, from 1, and its loss.
+        on_batch: called before every micro-batch with its index, from 0, as `batches` orders them.
 
     Raises:
         FedPrunerError: the loss is not finite.
@@ -59,18 +64,22 @@ def train(
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
+    _freeze_factor(model, settings.train_factor)
     parameters = [p for p in model.parameters() if p.requires_grad]
+    proximal = _Proximal(parameters, settings.proximal_mu)
     # foreach would hold a second copy of all gradients for a moment.
     optimizer = torch.optim.AdamW(
         parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, foreach=False
     )
-    batches = _batches(sequences, settings, order=order, pad_token_id=pad_token_id)
-    num_tokens, losses = 0, []
+    endless = _endless_batches(sequences, settings, order=order, pad_token_id=pad_token_id)
+    num_tokens, num_batches, losses = 0, 0, []
     for step in range(1, settings.max_steps + 1):
-        micro = [next(batches) for _ in range(settings.gradient_accumulation_steps)]
+        micro = list(islice(endless, settings.gradient_accumulation_steps))
         step_tokens = max(1, sum(batch.num_tokens for batch in micro))
         step_loss = 0.0
         for batch in micro:
+            on_batch(num_batches)
+            num_batches += 1
             # Every token weighs the same, whichever micro-batch it is in.
             loss = model(**batch.arguments(device)).loss * (batch.num_tokens / step_tokens)
             loss.backward()
@@ -80,6 +89,7 @@ def train(
             raise FedPrunerError(
                 f"the loss became {step_loss} in step {step}: lower learning_rate?"
             )
+        proximal.add_gradients()
         torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm, foreach=False)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -89,7 +99,37 @@ def train(
     return TrainingResult(num_tokens, losses[0], losses[-1])
 
 
-def _batches(
+def _freeze_factor(model: torch.nn.Module, train_factor: str) -> None:
+    """Leave one of the two LoRA factors as it is, if only the other is to train."""
+    frozen = {"A": ".lora_B.", "B": ".lora_A."}.get(train_factor)
+    for name, parameter in model.named_parameters():
+        if frozen and frozen in name:
+            parameter.requires_grad_(False)
+
+
+class _Proximal:
+    """The gradient of mu / 2 times the squared distance from where training started."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter], mu: float) -> None:
+        self._mu = mu
+        self._pairs = [(p, p.detach().clone()) for p in parameters] if mu else []
+
+    def add_gradients(self) -> None:
+        for parameter, start in self._pairs:
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter.detach() - start, alpha=self._mu)
+
+
+def batches(
+    sequences: list[TokenSequence], settings: TrainingSettings, *, order: str, pad_token_id: int
+) -> list[Batch]:
+    """Every micro-batch of a round, in the order in which `train` takes them."""
+    count = settings.max_steps * settings.gradient_accumulation_steps
+    endless = _endless_batches(sequences, settings, order=order, pad_token_id=pad_token_id)
+    return list(islice(endless, count))
+
+
+def _endless_batches(
     sequences: list[TokenSequence], settings: TrainingSettings, *, order: str, pad_token_id: int
 ) -> Iterator[Batch]:
     """Batches without end: shuffled, each sequence once before any comes again."""

@@ -9,7 +9,7 @@ malloc.set_for_training()  # before torch makes its first allocation
 
 import gc
 import os
-import time
+from dataclasses import asdict
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -18,16 +18,18 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 import transformers
 
-from fedpruner_client.memory import PeakMeter, resident_bytes
-from fedpruner_client.model import LocalTensor, add_adapter, build_submodel, save_update
-from fedpruner_client.train import train
+from fedpruner_client.memory import resident_bytes
+from fedpruner_client.model import LocalTensor
+from fedpruner_client.workshop import ProbeWork, Work, Workshop
 from fedpruner_common.child import Json, Progress, serve
 from fedpruner_common.components import ComponentId
 from fedpruner_common.errors import ConfigError
 from fedpruner_common.manifest import TensorInfo
-from fedpruner_common.modeling.data import load_sequences, load_tokenizer, pad_token_id
+from fedpruner_common.statistics import Granularity, Score, statistics_to_json
 from fedpruner_common.submodel import Submodel
-from fedpruner_common.task import LoraSettings, TrainingSettings
+from fedpruner_common.task import BridgeKind, BridgeSettings, LoraSettings, TrainingSettings
+
+_workshops: dict[str, Workshop] = {}
 
 
 def _device(name: str) -> torch.device:
@@ -83,55 +85,62 @@ def _tiny_step(device: torch.device) -> None:
 
 def _train(arguments: Json, on_progress: Progress) -> Json:
     """One task: build the submodel, train it, write the update."""
-    started = time.monotonic()
-    device = _device(arguments["device"])
-    gc.collect()
-    meter = PeakMeter(device)
-    meter.start()
-    settings = TrainingSettings(**arguments["training"])
-    lora = arguments["lora"]
-    config_dir = Path(arguments["config_dir"])
-    tokenizer = load_tokenizer(config_dir)
-    sequences = load_sequences(
-        [Path(path) for path in arguments["data"]],
-        tokenizer,
-        max_seq_length=settings.max_seq_length,
-    )
-    malloc.trim()
-    base = build_submodel(
-        config_dir,
-        Submodel.of(arguments["num_layers"], map(ComponentId.parse, arguments["components"])),
-        [_local_tensor(tensor) for tensor in arguments["tensors"]],
-        dtype=settings.dtype,
-        device=device,
-    )
-    model = add_adapter(
-        base,
-        LoraSettings(**{**lora, "target_modules": tuple(lora["target_modules"])}),
-        Path(arguments["adapter"]),
-    )
+    work = _work(arguments)
 
     def on_step(step: int, loss: float) -> None:
-        on_progress({"step": step, "num_steps": settings.max_steps, "train_loss": loss})
+        progress = {"step": step, "num_steps": work.training.max_steps, "train_loss": loss}
+        on_progress(progress)
 
-    result = train(
-        model,
-        sequences,
-        settings,
-        order=f"{arguments['client_id']} {settings.seed}",
-        pad_token_id=pad_token_id(tokenizer),
-        device=device,
-        on_step=on_step,
+    return asdict(_workshop(arguments["device"]).do(work, on_step))
+
+
+def _probe(arguments: Json, _: Progress) -> Json:
+    """How alike the layers are and what each is worth, on this device's text."""
+    lora = arguments["lora"]
+    statistics = _workshop(arguments["device"]).probe(
+        ProbeWork(
+            config_dir=Path(arguments["config_dir"]),
+            num_layers=arguments["num_layers"],
+            tensors=tuple(_local_tensor(tensor) for tensor in arguments["tensors"]),
+            lora=LoraSettings(**{**lora, "target_modules": tuple(lora["target_modules"])}),
+            adapter_path=Path(arguments["adapter"]),
+            granularity=Granularity(arguments["granularity"]),
+            score=Score(arguments["score"]),
+            num_sequences=arguments["num_sequences"],
+            max_seq_length=arguments["max_seq_length"],
+            dtype=arguments["dtype"],
+            seed=arguments["seed"],
+            data=tuple(Path(path) for path in arguments["data"]),
+        )
     )
-    save_update(model, Path(arguments["update"]))
-    return {
-        "num_examples": len(sequences),
-        "num_tokens": result.num_tokens,
-        "train_loss_first": result.loss_first,
-        "train_loss_last": result.loss_last,
-        "measured_peak_bytes": meter.peak_bytes(),
-        "train_s": time.monotonic() - started,
-    }
+    return statistics_to_json(statistics)
+
+
+def _workshop(device: str) -> Workshop:
+    if device not in _workshops:
+        _workshops[device] = Workshop(_device(device))
+    return _workshops[device]
+
+
+def _work(arguments: Json) -> Work:
+    lora, bridge = arguments["lora"], arguments["bridge"]
+    components = map(ComponentId.parse, arguments["components"])
+    return Work(
+        client_id=arguments["client_id"],
+        submodel=Submodel.of(arguments["num_layers"], components),
+        lora=LoraSettings(**{**lora, "target_modules": tuple(lora["target_modules"])}),
+        training=TrainingSettings(**arguments["training"]),
+        bridge=BridgeSettings(**{**bridge, "kind": BridgeKind(bridge["kind"])}),
+        streamed=tuple(arguments["streamed"]),
+        tensors=tuple(_local_tensor(tensor) for tensor in arguments["tensors"]),
+        other_tensors=tuple(_local_tensor(tensor) for tensor in arguments["other_tensors"]),
+        config_dir=Path(arguments["config_dir"]),
+        adapter_path=Path(arguments["adapter"]),
+        bridge_path=Path(arguments["bridges"]) if arguments["bridges"] else None,
+        update_path=Path(arguments["update"]),
+        data=tuple(Path(path) for path in arguments["data"]),
+        work_dir=Path(arguments["work_dir"]),
+    )
 
 
 def _local_tensor(tensor: Json) -> LocalTensor:
@@ -143,7 +152,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    serve({"measure": _measure, "train": _train})
+    serve({"measure": _measure, "train": _train, "probe": _probe})
 
 
 if __name__ == "__main__":

@@ -16,14 +16,16 @@ Source: METHOD.md 2.3 and ENGINEERING.md A4 of the project's notes; saved bytes 
 by a forward pass on the meta device (server `describe`).
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from fedpruner_common.components import ComponentId
+from fedpruner_common.task import BridgeKind, BridgeSettings
 
 _ADAM_BYTES = 12  # per LoRA parameter: value 4, first and second moment 8
 _GRADIENT_BYTES = 4
 _TEXT_BYTES = 12 << 20
+_HIDDEN_COPIES = 5  # before and after a layer, behind a run, and what is written to disk
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class MemoryProfile:
         temporary_bytes: component -> most its backward needs beside what was saved.
         loss_bytes: logits and their gradients at the loss.
         gradient_checkpointing: whether activations are recomputed layer by layer.
+        hidden_size: width of the residual stream.
+        num_batches: micro-batches of one round.
     """
 
     weight_bytes: Mapping[ComponentId, int]
@@ -54,6 +58,8 @@ class MemoryProfile:
     temporary_bytes: Mapping[ComponentId, int]
     loss_bytes: int
     gradient_checkpointing: bool
+    hidden_size: int = 0
+    num_batches: int = 1
 
 
 @dataclass(frozen=True)
@@ -121,6 +127,92 @@ def predicted_peak_bytes(
 ) -> int:
     """Peak memory of the training process for exactly these components."""
     return peak_bytes(profile, demand(profile, components), floor_bytes=floor_bytes)
+
+
+def bridge_bytes(kind: BridgeKind, *, hidden_size: int, rank: int) -> int:
+    """Bytes of one bridge's own numbers, float32; see `modeling.bridges`."""
+    numbers = {
+        BridgeKind.OFF: 0,
+        BridgeKind.SCALE: 1,
+        BridgeKind.LOWRANK: 2 * hidden_size * min(rank, hidden_size) + hidden_size,
+        BridgeKind.FULL: hidden_size * hidden_size + hidden_size,
+    }
+    return 4 * numbers[kind]
+
+
+def bridge_bytes_per_run(profile: MemoryProfile, bridge: BridgeSettings) -> int:
+    """Memory that one dropped run takes in training: its bridge, what it saves, its corrections.
+
+    A map saves its input and its normalised input; the correction of one micro-batch is as large as
+    a hidden state.
+    """
+    size = bridge_bytes(bridge.kind, hidden_size=profile.hidden_size, rank=bridge.rank)
+    saved = 0 if bridge.kind is BridgeKind.OFF else 2 * profile.layer_input_bytes
+    corrected = profile.layer_input_bytes if bridge.corrected else 0
+    return size + saved + corrected
+
+
+def sweep_peak_bytes(profile: MemoryProfile, bridge: BridgeSettings, *, floor_bytes: int) -> int:
+    """Peak memory of a device's sweep through the full model, one layer resident at a time.
+
+    The largest layer, the shared tensors, the whole adapter twice (as read and in place), the
+    hidden states of all the round's tokens a few times over, and the moments of a bridge if one is
+    fitted.
+    """
+    layers: dict[int, int] = {}
+    for component, size in profile.weight_bytes.items():
+        layers[component.layer] = layers.get(component.layer, 0) + size
+    weights = profile.shared_weight_bytes + max(layers.values(), default=0)
+    weights += round(weights * profile.disk_ratio)
+    adapter = 2 * _GRADIENT_BYTES * sum(profile.lora_parameters.values())
+    hidden = _HIDDEN_COPIES * profile.num_batches * profile.layer_input_bytes
+    moments = 0
+    if bridge.local and bridge.kind is not BridgeKind.OFF:
+        moments = 4 * 8 * (profile.hidden_size + 1) ** 2
+    passing = max(profile.temporary_bytes.values(), default=0)
+    return floor_bytes + _TEXT_BYTES + weights + adapter + hidden + moments + passing
+
+
+def streamed_peak_bytes(
+    profile: MemoryProfile, streamed: Collection[int], *, floor_bytes: int
+) -> int:
+    """Peak memory of training the full model with some layers in memory only while they work.
+
+    A streamed layer keeps its input and is computed again for its backward; the others are held and
+    save what they save.
+
+    Args:
+        profile: bytes of the model's parts.
+        streamed: layers; with none of them this is the full model's peak.
+        floor_bytes: the process before any model, measured on the device.
+    """
+    by_layer: dict[int, list[ComponentId]] = {}
+    for component in profile.weight_bytes:
+        by_layer.setdefault(component.layer, []).append(component)
+    resident = [c for layer, cs in by_layer.items() if layer not in streamed for c in cs]
+    held = demand(profile, resident)
+    passing = [
+        sum(profile.weight_bytes[c] for c in by_layer[layer]) for layer in by_layer
+        if layer in streamed
+    ]  # fmt: skip
+    weights = profile.shared_weight_bytes + held.weight_bytes
+    converting = round(weights * profile.disk_ratio)
+    weights += round(max(passing, default=0) * (1 + profile.disk_ratio))
+    again = max(
+        (sum(profile.saved_bytes[c] for c in by_layer[layer]) for layer in streamed), default=0
+    )
+    temporary = max(profile.temporary_bytes.values(), default=0)
+    if profile.gradient_checkpointing:
+        kept = held.num_layers * profile.layer_input_bytes
+        again = max(again, held.layer_saved_bytes)
+    else:
+        kept = held.saved_bytes
+    kept += len(streamed) * profile.layer_input_bytes
+    parameters = sum(profile.lora_parameters.values())
+    activations = profile.shared_saved_bytes + kept + max(profile.loss_bytes, again + temporary)
+    training = _ADAM_BYTES * parameters + activations
+    stepping = (_ADAM_BYTES + _GRADIENT_BYTES) * parameters
+    return floor_bytes + _TEXT_BYTES + weights + max(converting, training, stepping)
 
 
 def largest_that_fits(cost: Callable[[int], int], sizes: range, budget_bytes: int) -> int | None:

@@ -4,14 +4,34 @@ Reading a message checks it: what comes back satisfies the invariants of the dom
 """
 
 import re
+from collections.abc import Iterable
+
+import numpy as np
 
 from fedpruner_common.components import ComponentId, Kind
 from fedpruner_common.errors import FedPrunerError
 from fedpruner_common.manifest import FileInfo, TensorInfo
 from fedpruner_common.pb import federation_pb2 as pb
+from fedpruner_common.statistics import (
+    Family,
+    FamilyStatistics,
+    Granularity,
+    ProbeCost,
+    Score,
+    Statistics,
+)
 from fedpruner_common.submodel import Submodel
-from fedpruner_common.task import LoraSettings, Task, TrainingSettings, UpdateMetrics
+from fedpruner_common.task import (
+    BridgeKind,
+    BridgeSettings,
+    LoraSettings,
+    ProbeTask,
+    Task,
+    TrainingSettings,
+    UpdateMetrics,
+)
 
+_MAX_LAYERS = 1 << 14
 _HASH = re.compile(r"[0-9a-f]{64}")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 
@@ -24,19 +44,9 @@ def task_to_pb(task: Task) -> pb.Task:
         components=[
             pb.Component(layer=c.layer, kind=c.kind.value) for c in task.submodel.components
         ],
-        tensors=[
-            pb.TensorInfo(
-                name=t.name, dtype=t.dtype, shape=t.shape, num_bytes=t.num_bytes, hash=t.hash
-            )
-            for t in task.tensors
-        ],
-        files=[pb.FileInfo(name=f.name, num_bytes=f.num_bytes, hash=f.hash) for f in task.files],
-        lora=pb.LoraSettings(
-            r=task.lora.r,
-            lora_alpha=task.lora.lora_alpha,
-            lora_dropout=task.lora.lora_dropout,
-            target_modules=task.lora.target_modules,
-        ),
+        tensors=map(_tensor_to_pb, task.tensors),
+        files=map(_file_to_pb, task.files),
+        lora=_lora_to_pb(task.lora),
         training=pb.TrainingSettings(
             per_device_train_batch_size=task.training.per_device_train_batch_size,
             gradient_accumulation_steps=task.training.gradient_accumulation_steps,
@@ -48,8 +58,19 @@ def task_to_pb(task: Task) -> pb.Task:
             gradient_checkpointing=task.training.gradient_checkpointing,
             dtype=task.training.dtype,
             seed=task.training.seed,
+            proximal_mu=task.training.proximal_mu,
+            train_factor=task.training.train_factor,
         ),
         predicted_peak_bytes=task.predicted_peak_bytes,
+        bridge=pb.BridgeSettings(
+            kind=task.bridge.kind.value,
+            rank=task.bridge.rank,
+            local=task.bridge.local,
+            corrected=task.bridge.corrected,
+        ),
+        other_tensors=map(_tensor_to_pb, task.other_tensors),
+        bridge_file=_file_to_pb(task.bridge_file) if task.bridge_file else None,
+        streamed=task.streamed,
     )
 
 
@@ -68,17 +89,132 @@ def task_from_pb(message: pb.Task) -> Task:
             ),
             tensors=tuple(_tensor_from_pb(t) for t in message.tensors),
             files=tuple(_file_from_pb(f) for f in message.files),
-            lora=LoraSettings(
-                r=message.lora.r,
-                lora_alpha=message.lora.lora_alpha,
-                lora_dropout=message.lora.lora_dropout,
-                target_modules=tuple(message.lora.target_modules),
-            ),
+            lora=_lora_from_pb(message.lora),
             training=_training_from_pb(message.training),
             predicted_peak_bytes=message.predicted_peak_bytes,
+            bridge=BridgeSettings(
+                kind=BridgeKind(message.bridge.kind),
+                rank=message.bridge.rank,
+                local=message.bridge.local,
+                corrected=message.bridge.corrected,
+            ),
+            other_tensors=tuple(_tensor_from_pb(t) for t in message.other_tensors),
+            bridge_file=(
+                _file_from_pb(message.bridge_file) if message.HasField("bridge_file") else None
+            ),
+            streamed=_layers(message.streamed, message.num_layers),
         )
     except ValueError as error:
         raise FedPrunerError(f"the coordinator sent a task that makes no sense: {error}") from error
+
+
+def probe_to_pb(probe: ProbeTask) -> pb.ProbeTask:
+    return pb.ProbeTask(
+        task_id=probe.task_id,
+        num_layers=probe.num_layers,
+        tensors=map(_tensor_to_pb, probe.tensors),
+        files=map(_file_to_pb, probe.files),
+        lora=_lora_to_pb(probe.lora),
+        granularity=probe.granularity,
+        score=probe.score,
+        num_sequences=probe.num_sequences,
+        max_seq_length=probe.max_seq_length,
+        dtype=probe.dtype,
+        seed=probe.seed,
+    )
+
+
+def probe_from_pb(message: pb.ProbeTask) -> ProbeTask:
+    """The probe in a message.
+
+    Raises:
+        FedPrunerError: a name, hash or option in it is not what the protocol allows.
+    """
+    try:
+        return ProbeTask(
+            task_id=message.task_id,
+            num_layers=message.num_layers,
+            tensors=tuple(_tensor_from_pb(t) for t in message.tensors),
+            files=tuple(_file_from_pb(f) for f in message.files),
+            lora=_lora_from_pb(message.lora),
+            granularity=Granularity(message.granularity).value,
+            score=Score(message.score).value,
+            num_sequences=message.num_sequences,
+            max_seq_length=message.max_seq_length,
+            dtype=message.dtype,
+            seed=message.seed,
+        )
+    except ValueError as error:
+        raise FedPrunerError(
+            f"the coordinator sent a probe that makes no sense: {error}"
+        ) from error
+
+
+def statistics_to_pb(statistics: Statistics, request: pb.PushStatisticsRequest) -> None:
+    """Write a device's statistics into a request; similarities as their upper triangle."""
+    for family, found in statistics.families.items():
+        upper = np.triu_indices(len(found.importance))
+        request.families.append(
+            pb.FamilyStatistics(
+                family=family.value,
+                similarity=found.similarity[upper].tolist(),
+                importance=found.importance,
+            )
+        )
+    if statistics.cost is not None:
+        request.num_tokens = statistics.cost.num_tokens
+        request.seconds = statistics.cost.seconds
+        request.bytes_read = statistics.cost.bytes_read
+        request.loss = statistics.cost.loss_full
+
+
+def statistics_from_pb(message: pb.PushStatisticsRequest) -> Statistics:
+    """The statistics in a message; `core.validation` judges their values.
+
+    Raises:
+        ValueError: a family is unknown, or a triangle is not one.
+    """
+    families = {}
+    for item in message.families:
+        size = len(item.importance)
+        if size > _MAX_LAYERS or len(item.similarity) != size * (size + 1) // 2:
+            raise ValueError(f"{len(item.similarity)} similarities of {size} items")
+        similarity = np.zeros((size, size))
+        similarity[np.triu_indices(size)] = item.similarity
+        similarity = np.maximum(similarity, similarity.T)
+        families[Family(item.family)] = FamilyStatistics(similarity, tuple(item.importance))
+    cost = ProbeCost(
+        loss_full=message.loss,
+        num_tokens=max(1, message.num_tokens),
+        seconds=message.seconds,
+        bytes_read=message.bytes_read,
+    )
+    return Statistics(families, "device", "", cost)
+
+
+def _layers(indices: Iterable[int], num_layers: int) -> tuple[int, ...]:
+    layers = tuple(indices)
+    if any(layer >= num_layers for layer in layers):
+        raise ValueError(f"a layer lies outside the model's {num_layers} layers")
+    return layers
+
+
+def _lora_to_pb(lora: LoraSettings) -> pb.LoraSettings:
+    return pb.LoraSettings(
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        target_modules=lora.target_modules,
+    )
+
+
+def _lora_from_pb(message: pb.LoraSettings) -> LoraSettings:
+    return LoraSettings(
+        r=message.r,
+        lora_alpha=message.lora_alpha,
+        lora_dropout=message.lora_dropout,
+        target_modules=tuple(message.target_modules),
+    )
 
 
 def _training_from_pb(message: pb.TrainingSettings) -> TrainingSettings:
@@ -93,13 +229,35 @@ def _training_from_pb(message: pb.TrainingSettings) -> TrainingSettings:
         gradient_checkpointing=message.gradient_checkpointing,
         dtype=message.dtype,
         seed=message.seed,
+        proximal_mu=message.proximal_mu,
+        train_factor=_one_of(message.train_factor, ("both", "A", "B")),
     )
+
+
+def _one_of(text: str, allowed: tuple[str, ...]) -> str:
+    if text not in allowed:
+        raise ValueError(f"{text!r} is none of {', '.join(allowed)}")
+    return text
 
 
 def _checked_hash(text: str) -> str:
     if not _HASH.fullmatch(text):
         raise ValueError(f"{text!r} is not a content hash")
     return text
+
+
+def _tensor_to_pb(info: TensorInfo) -> pb.TensorInfo:
+    return pb.TensorInfo(
+        name=info.name,
+        dtype=info.dtype,
+        shape=info.shape,
+        num_bytes=info.num_bytes,
+        hash=info.hash,
+    )
+
+
+def _file_to_pb(info: FileInfo) -> pb.FileInfo:
+    return pb.FileInfo(name=info.name, num_bytes=info.num_bytes, hash=info.hash)
 
 
 def _tensor_from_pb(message: pb.TensorInfo) -> TensorInfo:

@@ -17,7 +17,7 @@ class LoraSettings:
     """
 
     r: int
-    lora_alpha: int
+    lora_alpha: float
     lora_dropout: float
     target_modules: tuple[str, ...]
 
@@ -85,6 +85,9 @@ class BridgeSettings:
         return self.local or self.corrected
 
 
+NO_BRIDGE = BridgeSettings()
+
+
 @dataclass(frozen=True)
 class Task:
     """One client's part of a round.
@@ -93,11 +96,12 @@ class Task:
         task_id: unique in the run.
         round: 1-based.
         submodel: the components this client holds.
-        tensors: every base tensor it needs; fetch what the cache lacks.
+        tensors: every base tensor of the submodel; fetch what the cache lacks.
         files: config and tokenizer.
         predicted_peak_bytes: what the coordinator expects training to need.
-        bridge: what stands in for the dropped runs. Where the device sweeps the full model,
-            `tensors` and the adapter are those of the full model, and only the submodel's train.
+        bridge: what stands in for the dropped runs.
+        other_tensors: the full model's remaining tensors, where the device sweeps it; the adapter
+            is then that of the full model too, and the submodel's part of it trains.
         bridge_file: bridges that the coordinator fitted, None if there are none.
         streamed: kept layers that are in memory only while they work.
     """
@@ -110,9 +114,41 @@ class Task:
     lora: LoraSettings
     training: TrainingSettings
     predicted_peak_bytes: int
-    bridge: BridgeSettings = BridgeSettings()
+    bridge: BridgeSettings = NO_BRIDGE
+    other_tensors: tuple[TensorInfo, ...] = ()
     bridge_file: FileInfo | None = None
     streamed: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class ProbeTask:
+    """Ask of a device how alike the layers are on its own text, and what each is worth.
+
+    Attributes:
+        task_id: unique in the run.
+        num_layers: of the model.
+        tensors: of the full model, of which one layer is in memory at a time.
+        files: config and tokenizer.
+        lora: on all modules; the global adapter is applied.
+        granularity: `layer` or `component`.
+        score: which importance.
+        num_sequences: how many of the device's sequences to use.
+        max_seq_length: tokens per sequence.
+        dtype: to compute with, as in `TrainingSettings`.
+        seed: of which sequences and tokens are taken.
+    """
+
+    task_id: str
+    num_layers: int
+    tensors: tuple[TensorInfo, ...]
+    files: tuple[FileInfo, ...]
+    lora: LoraSettings
+    granularity: str
+    score: str
+    num_sequences: int
+    max_seq_length: int
+    dtype: str
+    seed: int
 
 
 @dataclass(frozen=True)

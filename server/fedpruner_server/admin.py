@@ -1,6 +1,7 @@
 """What an operator can ask. Changes nothing."""
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from fedpruner_common.components import all_components
@@ -83,6 +84,8 @@ class Admin(AdminServicer):
             rows=rows,
             margin=settings.margin,
         )
+        if isinstance(statistics, Mapping):  # every device has its own: show one of them
+            statistics = statistics[min(statistics)]
         if request.memory_budget_bytes:
             plan = plan_client(
                 spec,

@@ -43,7 +43,7 @@ class BlockStore:
         self.tensors = {name: tensor.info for name, tensor in located.items()}
         self._places = {tensor.info.hash: tensor.place for tensor in located.values()}
         self.files = tuple(
-            _file_info(model_dir / n) for n in _MODEL_FILES if (model_dir / n).is_file()
+            file_info(model_dir / n) for n in _MODEL_FILES if (model_dir / n).is_file()
         )
         for file in self.files:
             self._places[file.hash] = FileRange(model_dir / file.name, 0, file.num_bytes)
@@ -52,6 +52,10 @@ class BlockStore:
     def num_bytes(self) -> int:
         """Bytes of all tensors."""
         return sum(info.num_bytes for info in self.tensors.values())
+
+    def add_file(self, info: FileInfo, path: Path) -> None:
+        """Have a file that is not the base model's among the blobs."""
+        self._places[info.hash] = FileRange(path, 0, info.num_bytes)
 
     def locate(self, content_hash: str) -> FileRange:
         """Where a blob's bytes are.
@@ -124,6 +128,6 @@ def _hash_range(place: FileRange) -> str:
     return digest.hexdigest()
 
 
-def _file_info(path: Path) -> FileInfo:
+def file_info(path: Path) -> FileInfo:
     data = path.read_bytes()
     return FileInfo(path.name, len(data), blake3(data).hexdigest())

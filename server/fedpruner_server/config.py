@@ -5,13 +5,20 @@ two underscores between table and key: FEDPRUNER_SERVER_RUN__NUM_ROUNDS=50.
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from fedpruner_common.config import Section, Settings
-from fedpruner_server.core.statistics import Granularity
+from fedpruner_common.statistics import Granularity, Score
+from fedpruner_common.task import BridgeKind
+from fedpruner_server.core.aggregation import Aggregation
+from fedpruner_server.core.coverage import Coverage
+from fedpruner_server.core.grouping import Grouping
+from fedpruner_server.core.planning import Policy
+from fedpruner_server.core.server_optimizer import ServerOptimizer
+from fedpruner_server.profiles import PROFILES, apply_profile
 
 
 class LoraOptions(Section):
@@ -36,17 +43,46 @@ class TrainingOptions(Section):
     max_grad_norm: PositiveFloat = 1.0
     gradient_checkpointing: bool = False
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    proximal_mu: Annotated[float, Field(ge=0)] = 0.0  # FedProx
 
 
 class PlanOptions(Section):
-    """The method: how submodels are chosen."""
+    """The method: how submodels are chosen, and what stands in for what they lack."""
 
+    policy: Policy = Policy.FEDPRUNER
     granularity: Granularity = Granularity.LAYER
+    grouping: Grouping = Grouping.SPECTRAL
     selection: Literal["argmax", "sample"] = "argmax"
-    importance: Literal["loo", "bi"] = "loo"
-    statistics: Literal["public"] = "public"
+    temperature: PositiveFloat = 1.0
+    floor: Annotated[float, Field(ge=0, le=1)] = 0.0
+    joint: bool = True
+    coverage: Coverage = Coverage.SOFT
+    coverage_kappa: Annotated[float, Field(ge=0)] = 1.0
+    coverage_rounds: PositiveInt = 10
+    importance: Score = Score.LOO
+    statistics: Literal["public", "cohort", "device"] = "public"
+    statistics_every: Annotated[int, Field(ge=0)] = 10  # rounds; 0: once
+    statistics_drift: PositiveFloat = 0.5  # of the adapter, relative; measured again beyond it
+    rms_rows: bool = True
     protect: tuple[int, ...] = (0, -1)
     margin: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    bridge: BridgeKind = BridgeKind.OFF
+    bridge_rank: PositiveInt = 32
+    bridge_data: Literal["public", "local"] = "public"
+    correction: bool = True
+    streaming: bool = False
+
+
+class AggregationOptions(Section):
+    """How updates become the next adapter."""
+
+    method: Aggregation = Aggregation.FEDIT
+    error_feedback: bool = False
+    min_holders: PositiveInt = 1
+    shrink: Annotated[float, Field(ge=0)] = 0.0
+    server_optimizer: ServerOptimizer = ServerOptimizer.FEDAVG
+    server_learning_rate: PositiveFloat = 1.0
+    server_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
 
 
 class RunOptions(Section):
@@ -70,6 +106,7 @@ class DataOptions(Section):
     calibration: tuple[Path, ...] = ()
     eval: tuple[Path, ...] = ()
     num_calibration_sequences: PositiveInt = 8
+    num_bridge_sequences: PositiveInt = 32
     max_eval_sequences: PositiveInt = 128  # per file
 
 
@@ -79,6 +116,7 @@ class ServerSettings(Settings):
     model_config = SettingsConfigDict(env_prefix="FEDPRUNER_SERVER_")
 
     model: Path
+    profile: Literal[tuple(PROFILES)] = "default"  # type: ignore[valid-type]
     state_dir: Path = Path("fedpruner-server-state")
     listen: str = "127.0.0.1:9092"
     insecure: bool = False
@@ -91,5 +129,11 @@ class ServerSettings(Settings):
     lora: LoraOptions = LoraOptions()
     training: TrainingOptions = TrainingOptions()
     plan: PlanOptions = PlanOptions()
+    aggregation: AggregationOptions = AggregationOptions()
     run: RunOptions = RunOptions()
     data: DataOptions = DataOptions()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_profile(cls, values: Any) -> Any:
+        return apply_profile(values) if isinstance(values, dict) else values

@@ -6,21 +6,26 @@ locks. `tasks` answers the agents from this state; `run` carries out the effects
 
 import asyncio
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from fedpruner_common.components import ComponentId
 from fedpruner_common.log import get_logger
 from fedpruner_common.spec import ModelSpec
+from fedpruner_common.statistics import Statistics
 from fedpruner_common.task import UpdateMetrics
+from fedpruner_server import method, specs
 from fedpruner_server.blockstore import BlockStore
 from fedpruner_server.config import ServerSettings
 from fedpruner_server.core import round as rounds
-from fedpruner_server.core.planning import ClientPlan, PlanSettings
+from fedpruner_server.core.planning import PlanSettings
 from fedpruner_server.core.round import Outcome, Phase, Round
-from fedpruner_server.core.statistics import Statistics
 from fedpruner_server.history import ClientRecord, RoundRecord
+from fedpruner_server.method import TaskPlan
 from fedpruner_server.registry import Registry
 from fedpruner_server.storage import Storage
+from fedpruner_server.survey import Survey
 
 Json = dict[str, Any]
 
@@ -44,7 +49,8 @@ class Coordinator:
         self.state = "preparing"
         self.explanation = "reading the base model"
         self.spec: ModelSpec | None = None
-        self.statistics: Statistics | None = None
+        self.statistics: Statistics | Mapping[str, Statistics] | None = None
+        self.survey: Survey | None = None
         self.loss_base: float | None = None
         self.losses_base: dict[str, float] = {}
         self.history: dict[int, RoundRecord] = {}
@@ -80,17 +86,27 @@ class Coordinator:
     # Rounds
 
     def plan_settings(self) -> PlanSettings:
-        plan = self.settings.plan
-        return PlanSettings(
-            granularity=plan.granularity,
-            sample=plan.selection == "sample",
-            protect=plan.protect,
-            margin=plan.margin,
-            seed=self.settings.run.seed,
-        )
+        return method.plan_settings(self.settings, self.spec)
 
-    def open_round(self, number: int, plans: dict[str, ClientPlan]) -> None:
-        """Start a round with these clients; their plans are journaled with it."""
+    def ages(self) -> dict[ComponentId, int]:
+        """Rounds since each component was last part of a new adapter."""
+        held = {
+            number: {c for client in record.clients.values() if client.metrics
+                     for c in client.plan.components}
+            for number, record in self.history.items()
+            if record.round.phase is Phase.DONE
+        }  # fmt: skip
+        assert self.spec is not None
+        return method.ages(held, self.spec.num_layers, before=len(self.history) + 1)
+
+    def open_round(self, number: int, plans: dict[str, TaskPlan], choices: dict[str, Json]) -> None:
+        """Start a round with these clients; their plans are journaled with it.
+
+        Args:
+            number: of the round.
+            plans: by client.
+            choices: by client: why its plan is what it is, enough to replay it.
+        """
         now = time.time()
         event = rounds.CohortChosen(
             tasks={client_id: f"round-{number}-{client_id}" for client_id in plans},
@@ -100,11 +116,7 @@ class Coordinator:
         extra = {
             "started": now,
             "plans": {
-                client_id: {
-                    "components": [str(component) for component in plan.submodel.components],
-                    "predicted_peak_bytes": plan.predicted_peak_bytes,
-                    "choices": {f.value: [asdict(c) for c in cs] for f, cs in plan.choices.items()},
-                }
+                client_id: {**specs.plan_to_json(plan), "choices": choices[client_id]}
                 for client_id, plan in plans.items()
             },
         }
@@ -131,10 +143,12 @@ class Coordinator:
         if isinstance(event, rounds.CohortChosen):
             record = RoundRecord(self.round, started=extra["started"])
             for client_id, plan in extra["plans"].items():
-                components = tuple(plan["components"])
-                record.clients[client_id] = ClientRecord(
-                    client_id, components, plan["predicted_peak_bytes"]
-                )
+                task_plan = specs.plan_from_json(plan)
+                record.clients[client_id] = ClientRecord(client_id, task_plan)
+                if task_plan.bridge_file:
+                    self.blocks.add_file(
+                        task_plan.bridge_file, self.storage.bridge_path(task_plan.bridge_file.hash)
+                    )
             self.history[number] = record
             self.closed = False
         record = self.history[number]

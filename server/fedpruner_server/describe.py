@@ -203,4 +203,6 @@ def _memory_profile(
         },
         loss_bytes=num_tokens * text_config.vocab_size * _LOSS_BYTES_PER_LOGIT,
         gradient_checkpointing=training.gradient_checkpointing,
+        hidden_size=text_config.hidden_size,
+        num_batches=training.max_steps * training.gradient_accumulation_steps,
     )

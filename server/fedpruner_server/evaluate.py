@@ -1,11 +1,15 @@
 """Scoring an adapter: loss of the full model on held-out text."""
 
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from fedpruner_common.modeling.anatomy import LayerAnatomy
+from fedpruner_common.modeling.check import find_anatomy
 from fedpruner_common.modeling.data import (
     Batch,
     collate,
@@ -13,6 +17,9 @@ from fedpruner_common.modeling.data import (
     load_tokenizer,
     pad_token_id,
 )
+from fedpruner_common.modeling.fitting import install_bridges
+from fedpruner_common.modeling.stubs import skipping
+from fedpruner_common.submodel import Submodel
 from fedpruner_server.model import load_full_model
 
 _BATCH_SIZE = 8
@@ -41,16 +48,35 @@ class Evaluator:
                 for start in range(0, len(chosen), _BATCH_SIZE)
             ]
         self._model: PreTrainedModel = load_full_model(model_dir)
+        self._anatomy: list[LayerAnatomy] | None = None
 
-    def losses(self, adapter_dir: Path | None) -> dict[str, float]:
-        """Mean loss in nats per token of each file, with an exported adapter or without one."""
-        if adapter_dir is None:
-            return {name: self._loss(self._model, b) for name, b in self._batches.items()}
-        model = PeftModel.from_pretrained(self._model, str(adapter_dir))
-        try:
+    def losses(
+        self,
+        adapter_dir: Path | None,
+        *,
+        submodel: Submodel | None = None,
+        bridges: Sequence[Mapping[str, torch.Tensor]] | None = None,
+    ) -> dict[str, float]:
+        """Mean loss in nats per token of each file.
+
+        Args:
+            adapter_dir: exported adapter; None for the base model.
+            submodel: to evaluate instead of the full model.
+            bridges: of its dropped runs.
+        """
+        with ExitStack() as stack:
+            model: torch.nn.Module = self._model
+            if adapter_dir is not None:
+                peft_model = PeftModel.from_pretrained(self._model, str(adapter_dir))
+                stack.callback(peft_model.unload)
+                model = peft_model
+            if submodel is not None:
+                if self._anatomy is None:
+                    self._anatomy = find_anatomy(self._model.config)
+                stack.enter_context(skipping(self._model, self._anatomy, submodel.skipped()))
+                if bridges is not None:
+                    install_bridges(self._model, self._anatomy, submodel, bridges)
             return {name: self._loss(model, batches) for name, batches in self._batches.items()}
-        finally:
-            model.unload()
 
     @staticmethod
     def _loss(model: torch.nn.Module, batches: list[Batch]) -> float:

@@ -3,16 +3,18 @@
 import json
 import os
 import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from fedpruner_common.adapters import from_peft, to_peft
 from fedpruner_common.errors import ConfigError
 from fedpruner_common.spec import ModelSpec
 from fedpruner_server.config import LoraOptions
-from fedpruner_server.core.aggregation import Adapter, Array
+from fedpruner_server.core.aggregation import Adapter, Array, ServerState
 
 ADAPTER_FILE = "adapter_model.safetensors"
 
@@ -31,6 +33,41 @@ def write_adapter(adapter: Adapter, path: Path) -> None:
 def read_adapter(path: Path) -> dict[str, Array]:
     """The adapter tensors in a file that `write_adapter` wrote, by canonical name."""
     return {from_peft(key): values for key, values in load_file(path).items()}
+
+
+class AdapterFile(Mapping[str, Array]):
+    """The tensors of an adapter file by canonical name, each read when it is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with safe_open(path, "numpy") as file:
+            self._keys = {from_peft(key): key for key in file.keys()}  # noqa: SIM118
+
+    def __getitem__(self, name: str) -> Array:
+        with safe_open(self._path, "numpy") as file:
+            values: Array = file.get_tensor(self._keys[name])
+        return values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+
+def write_state(state: ServerState, path: Path) -> None:
+    """Write what aggregation keeps beside the adapter; the file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    save_file(state.to_tensors(), temporary)
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_state(path: Path) -> ServerState:
+    """What `write_state` wrote; empty where there is no file, as before the first round."""
+    return ServerState.from_tensors(load_file(path)) if path.exists() else ServerState()
 
 
 def export_peft(

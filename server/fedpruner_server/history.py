@@ -5,6 +5,7 @@ from typing import Any
 
 from fedpruner_common.task import UpdateMetrics
 from fedpruner_server.core.round import Round
+from fedpruner_server.method import TaskPlan
 
 
 @dataclass
@@ -12,12 +13,19 @@ class ClientRecord:
     """One client in one round; bytes are counted by the coordinator."""
 
     client_id: str
-    components: tuple[str, ...]
-    predicted_peak_bytes: int
+    plan: TaskPlan
     base_bytes_down: int = 0
     adapter_bytes_down: int = 0
     bytes_up: int = 0
     metrics: UpdateMetrics | None = None
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        return tuple(map(str, self.plan.components))
+
+    @property
+    def predicted_peak_bytes(self) -> int:
+        return self.plan.predicted_peak_bytes
 
 
 @dataclass
@@ -28,6 +36,8 @@ class RoundRecord:
         started, seconds: wall clock.
         loss: of the new global adapter on held-out text, when it was evaluated.
         losses: the same, by file.
+        fedit_error: how far the mean of A times the mean of B is from the mean of the products,
+            relative; small where plain averaging does no harm.
     """
 
     round: Round
@@ -36,6 +46,7 @@ class RoundRecord:
     seconds: float = 0.0
     loss: float | None = None
     losses: dict[str, float] = field(default_factory=dict)
+    fedit_error: float | None = None
 
     def rows(self) -> list[dict[str, Any]]:
         """Lines for metrics.jsonl: one per client, then one for the round."""
@@ -52,6 +63,8 @@ class RoundRecord:
                     "outcome": task.outcome.value,
                     "reason": task.reason,
                     "components": list(client.components),
+                    "corrected": client.plan.bridge.corrected,
+                    "streamed": list(client.plan.streamed),
                     "predicted_peak_bytes": client.predicted_peak_bytes,
                     "base_bytes_down": client.base_bytes_down,
                     "adapter_bytes_down": client.adapter_bytes_down,
@@ -68,6 +81,7 @@ class RoundRecord:
                 "seconds": round(self.seconds, 3),
                 "eval_loss": self.loss,
                 "eval_losses": self.losses,
+                "fedit_error": self.fedit_error,
             }
         )
         return rows

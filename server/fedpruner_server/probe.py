@@ -1,6 +1,6 @@
 """Layer statistics on calibration text, by the coordinator, which has the whole model.
 
-The model itself is a memory mapping of its file; what is held besides is one batch's activations.
+The model itself is a memory mapping of its file, and is streamed: one layer resident at a time.
 """
 
 from collections.abc import Iterator
@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 from torch import nn
 
-from fedpruner_common.components import Kind
-from fedpruner_common.modeling.anatomy import Half, LayerAnatomy
+from fedpruner_common.errors import ModelError
+from fedpruner_common.modeling import probe as common
 from fedpruner_common.modeling.check import find_anatomy
 from fedpruner_common.modeling.data import (
     Batch,
@@ -25,15 +26,12 @@ from fedpruner_common.modeling.data import (
 )
 from fedpruner_common.modeling.load import read_config
 from fedpruner_common.modeling.meta import decoder_layers
-from fedpruner_common.modeling.stubs import skipping
-from fedpruner_server.core.similarity import CkaAccumulator, gram
-from fedpruner_server.core.statistics import Family, FamilyStatistics, Granularity, Statistics
+from fedpruner_common.modeling.streaming import streaming
+from fedpruner_common.statistics import Granularity, Score, Statistics
 from fedpruner_server.model import load_full_model
 
 _BATCH_SIZE = 4
-_TOKENS_PER_GRAM = 256
-# The first tokens of a sequence have outputs unlike all others (attention sinks).
-_SKIPPED_POSITIONS = 4
+_MAPS = Path("/proc/self/maps")
 
 
 def probe(
@@ -45,6 +43,7 @@ def probe(
     max_seq_length: int,
     num_sequences: int,
     seed: int,
+    adapter_dir: Path | None = None,
 ) -> Statistics:
     """CKA and importance of every layer's items.
 
@@ -52,34 +51,45 @@ def probe(
         model_dir: Hugging Face directory.
         calibration: files of public text.
         granularity: which families are needed.
-        score: `loo`, the rise of the loss without the item (one forward pass per item), or `bi`,
-            Block Influence, one minus the cosine of the residual stream before and after it.
+        score: one of `Score`.
         max_seq_length: of the calibration sequences.
         num_sequences: how many of them to use.
         seed: of which sequences and tokens are taken.
+        adapter_dir: exported adapter to apply; None for the base model.
 
-    Source: CKA, METHOD.md 2.2; Block Influence, ShortGPT (Men et al. 2024).
+    Raises:
+        DataError, ModelError: a file, the model or the adapter cannot be used.
+        ValueError: there is no such score.
     """
+    wanted = Score(score)
     config = read_config(model_dir)
     anatomy = find_anatomy(config)
     tokenizer = load_tokenizer(model_dir)
     sequences = load_sequences(calibration, tokenizer, max_seq_length=max_seq_length)
     batches = _batches(sequences, num_sequences, pad_token_id(tokenizer), seed=seed)
-    model = load_full_model(model_dir)
-    streams = _Streams(len(anatomy), granularity.families)
-    rng = np.random.default_rng(seed)
-    with torch.inference_mode(), _watching(model, anatomy, streams):
-        for batch in batches:
-            streams.start(batch, rng)
-            model(**batch.arguments(torch.device("cpu")))
-            streams.finish()
-    families = {}
-    for family in granularity.families:
-        importance = streams.block_influence(family)
-        if score == "loo":
-            importance = _leave_one_out(model, anatomy, family, batches)
-        families[family] = FamilyStatistics(streams.cka[family].matrix(), tuple(importance))
-    return Statistics(families, source="public", score=score)
+    model = _load(model_dir, adapter_dir)
+    with _streamed(model, model_dir):
+        return common.probe(
+            model,
+            anatomy,
+            batches,
+            families=granularity.families,
+            score=wanted,
+            rng=np.random.default_rng(seed),
+            source="public",
+        )
+
+
+def _load(model_dir: Path, adapter_dir: Path | None) -> Any:
+    """The frozen base model, with the adapter if there is one."""
+    model = load_full_model(model_dir).requires_grad_(False)
+    if adapter_dir is None:
+        return model
+    try:
+        # Trainable, or its tensors would count as base weights and `fisher` had no gradients.
+        return PeftModel.from_pretrained(model, str(adapter_dir), is_trainable=True)
+    except Exception as error:  # PEFT raises anything here
+        raise ModelError(f"cannot load the adapter in {adapter_dir}: {error}") from error
 
 
 def _batches(
@@ -93,102 +103,35 @@ def _batches(
     ]
 
 
-class _Streams:
-    """The residual stream before and after every item, reduced batch by batch."""
-
-    def __init__(self, num_layers: int, families: tuple[Family, ...]) -> None:
-        self.cka = {family: CkaAccumulator(num_layers) for family in families}
-        self._influence = {family: np.zeros(num_layers) for family in families}
-        self._num_batches = 0
-        self._grams: dict[Family, dict[int, np.ndarray[Any, Any]]] = {}
-        self._positions = torch.zeros(0, dtype=torch.long)
-
-    def start(self, batch: Batch, rng: np.random.Generator) -> None:
-        """Choose the tokens of this batch that enter the Gram matrices."""
-        real = torch.ones_like(batch.input_ids)
-        if batch.attention_mask is not None:
-            real = batch.attention_mask.clone()
-        if real.shape[1] > 2 * _SKIPPED_POSITIONS:
-            real[:, :_SKIPPED_POSITIONS] = 0
-        candidates = real.flatten().nonzero()[:, 0].numpy()
-        count = min(_TOKENS_PER_GRAM, len(candidates))
-        self._positions = torch.from_numpy(rng.choice(candidates, size=count, replace=False))
-        self._grams = {family: {} for family in self.cka}
-        self._num_batches += 1
-
-    def add(self, family: Family, layer: int, before: torch.Tensor, after: torch.Tensor) -> None:
-        """Take note of one item; both (batch, seq_len, hidden_size)."""
-        if family not in self.cka:
-            return
-        before, after = before.flatten(0, 1).float(), after.flatten(0, 1).float()
-        cosine = nn.functional.cosine_similarity(before, after, dim=-1)[self._positions]
-        self._influence[family][layer] += 1 - cosine.mean().item()
-        self._grams[family][layer] = gram(after[self._positions].numpy())
-
-    def finish(self) -> None:
-        for family, grams in self._grams.items():
-            self.cka[family].add([grams[layer] for layer in sorted(grams)])
-
-    def block_influence(self, family: Family) -> list[float]:
-        influence: list[float] = (self._influence[family] / self._num_batches).tolist()
-        return influence
-
-
 @contextmanager
-def _watching(model: nn.Module, anatomy: list[LayerAnatomy], streams: _Streams) -> Iterator[None]:
-    """Feed `streams` while the model runs."""
-    handles = []
-    for index, (layer, parts) in enumerate(zip(decoder_layers(model), anatomy, strict=True)):
-        added: dict[Kind, list[torch.Tensor]] = {kind: [] for kind in Kind}
-        for kind, half in parts.halves.items():
-            for name in _outlets(half):
-
-                def keep(_m: Any, _a: Any, output: Any, into: list[Any] = added[kind]) -> None:
-                    into.append(output[0] if isinstance(output, tuple) else output)
-
-                handles.append(getattr(layer, name).register_forward_hook(keep))
-
-        def after_layer(
-            _: Any, args: Any, kwargs: Any, output: Any, index: int = index, added: Any = added
-        ) -> None:
-            before = args[0] if args else kwargs["hidden_states"]
-            after = output[0] if isinstance(output, tuple) else output
-            after_attention = before + sum(added[Kind.ATTENTION])
-            streams.add(Family.LAYER, index, before, after)
-            streams.add(Family.ATTENTION, index, before, after_attention)
-            streams.add(Family.FFN, index, after - sum(added[Kind.FFN]), after)
-            for tensors in added.values():
-                tensors.clear()
-
-        handles.append(layer.register_forward_hook(after_layer, with_kwargs=True))
-    try:
+def _streamed(model: nn.Module, model_dir: Path) -> Iterator[None]:
+    """Stream the layers whose weights are all mapped; others were converted and stay resident."""
+    maps = _maps(model_dir)
+    mapped = [p for p in model.parameters() if not p.requires_grad and _is_in(p, maps)]
+    known = {id(parameter) for parameter in mapped}
+    layers = [
+        index
+        for index, layer in enumerate(decoder_layers(model))
+        if all(p.requires_grad or id(p) in known for p in layer.parameters())
+    ]
+    with streaming(model, layers, mapped, dtype=None, device=torch.device("cpu")):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-def _outlets(half: Half) -> list[str]:
-    """The modules whose outputs a half adds to the residual stream."""
-    if half.post:
-        return [half.post[-1]]
-    return [child for child in half.core if child not in half.links]
+def _maps(model_dir: Path) -> list[range]:
+    """Addresses where files of the model are mapped privately; none where the system won't say."""
+    if not _MAPS.exists():
+        return []
+    # Resolved: a download cache keeps the files elsewhere, behind links.
+    files = {str(path.resolve()) for path in model_dir.glob("*.safetensors")}
+    found = []
+    for line in _MAPS.read_text().splitlines():
+        fields = line.split(maxsplit=5)
+        if len(fields) == 6 and fields[1].endswith("p") and fields[5] in files:
+            start, end = (int(address, 16) for address in fields[0].split("-"))
+            found.append(range(start, end))
+    return found
 
 
-def _leave_one_out(
-    model: nn.Module, anatomy: list[LayerAnatomy], family: Family, batches: list[Batch]
-) -> list[float]:
-    """Loss without each item minus the intact loss, nats per token."""
-
-    def loss() -> float:
-        losses = [model(**b.arguments(torch.device("cpu"))).loss.item() for b in batches]
-        return float(np.average(losses, weights=[b.num_tokens for b in batches]))
-
-    with torch.inference_mode():
-        intact = loss()
-        rises = []
-        for layer in range(len(anatomy)):
-            kinds = frozenset(component.kind for component in family.components(layer))
-            with skipping(model, anatomy, {layer: kinds}):
-                rises.append(loss() - intact)
-    return rises
+def _is_in(tensor: torch.Tensor, maps: list[range]) -> bool:
+    return any(tensor.untyped_storage().data_ptr() in place for place in maps)

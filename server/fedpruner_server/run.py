@@ -7,22 +7,55 @@ import asyncio
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping, Set
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from fedpruner_common.errors import BudgetTooSmall, ConfigError, RunFailed, StorageError
 from fedpruner_common.log import get_logger
+from fedpruner_common.manifest import FileInfo
 from fedpruner_common.spec import ModelSpec
+from fedpruner_common.statistics import (
+    Statistics,
+    average,
+    statistics_from_json,
+    statistics_to_json,
+)
+from fedpruner_common.submodel import Submodel
+from fedpruner_common.task import BridgeKind
+from fedpruner_server import method
+from fedpruner_server.blockstore import file_info
 from fedpruner_server.coordinator import Coordinator
 from fedpruner_server.core import round as rounds
-from fedpruner_server.core.aggregation import ClientUpdate, aggregate, initial_adapter
+from fedpruner_server.core.aggregation import ClientUpdate, combine, initial_adapter
 from fedpruner_server.core.cohort import choose_cohort
-from fedpruner_server.core.planning import ClientPlan, PlanSettings, plan_client
+from fedpruner_server.core.coverage import Coverage
+from fedpruner_server.core.drift import relative_drift
+from fedpruner_server.core.planning import (
+    ClientPlan,
+    Offer,
+    PlanSettings,
+    left_uncovered,
+    plan_round,
+)
 from fedpruner_server.core.round import Phase
-from fedpruner_server.core.statistics import Statistics
-from fedpruner_server.export import export_peft, read_adapter, write_adapter
-from fedpruner_server.registry import Device
+from fedpruner_server.export import (
+    AdapterFile,
+    export_peft,
+    read_adapter,
+    read_state,
+    write_adapter,
+    write_state,
+)
+from fedpruner_server.method import TaskPlan
+from fedpruner_server.registry import Device, DeviceState
+from fedpruner_server.specs import choices_to_json
+from fedpruner_server.storage import make_durable
+from fedpruner_server.survey import Survey
 from fedpruner_server.torch_worker import TorchWorker
+
+Json = dict[str, Any]
 
 _TICK_S = 0.5
 _SETTLE_S = 1.0  # after the last needed device joined: others are often just behind
@@ -80,17 +113,15 @@ class Run:
             self._c.tick()
 
     async def _prepare(self) -> None:
-        """Facts of the model, layer statistics, the initial adapter, the base model's loss."""
+        """Facts of the model, the initial adapter, the base model's loss."""
         settings, storage = self._settings, self._storage
         self._check_same_run()
         self._c.tell("preparing", "tracing the base model")
         spec = await self._torch.describe()
-        try:
-            self._c.plan_settings().protected(spec.num_layers)
-        except ValueError as error:
-            raise ConfigError(f"setting plan.{error}") from error
-        self._c.tell("preparing", "measuring how alike the layers are and what each is worth")
-        self._c.statistics = await self._torch.probe()
+        self._check_options(spec)
+        if settings.plan.statistics == "public":
+            self._c.tell("preparing", "measuring how alike the layers are and what each is worth")
+            self._c.statistics = await self._torch.probe(None)
         if not storage.adapter_path(0).exists():
             adapter = initial_adapter(spec.adapter_shapes(settings.lora.r), seed=settings.run.seed)
             await asyncio.to_thread(write_adapter, adapter, storage.adapter_path(0))
@@ -99,6 +130,21 @@ class Run:
             self._c.note_losses(0, await self._torch.evaluate(None))
         self._c.spec = spec  # from here on devices that are too small are told so
         self._c.tell("waiting", "ready")
+
+    def _check_options(self, spec: ModelSpec) -> None:
+        """Refuse options that this model or a real run cannot have."""
+        plan, aggregation = self._settings.plan, self._settings.aggregation
+        try:
+            self._c.plan_settings().protected(spec.num_layers)
+        except ValueError as error:
+            raise ConfigError(f"setting plan.{error}") from error
+        if aggregation.method.mixes_ranks:
+            raise ConfigError(
+                f"aggregation.method = {aggregation.method.value!r} gives every device another "
+                "LoRA rank, which only `fedpruner simulate` does: it is there to compare with"
+            )
+        if plan.bridge is not BridgeKind.OFF and plan.bridge_data == "public":
+            self._torch.calibration()
 
     def _check_same_run(self) -> None:
         """Refuse a state directory whose adapter belongs to another model or LoRA shape."""
@@ -123,9 +169,9 @@ class Run:
             return
         while True:
             chosen = await self._gather(number)
-            plans = await self._plan(number, chosen)
+            plans, choices = await self._plan(number, chosen)
             if plans:
-                self._c.open_round(number, plans)
+                self._c.open_round(number, plans, choices)
                 return
 
     async def _gather(self, number: int) -> list[Device]:
@@ -148,24 +194,150 @@ class Run:
                 )
                 return [available[client_id] for client_id in cohort]
 
-    async def _plan(self, number: int, devices: list[Device]) -> dict[str, ClientPlan]:
-        """A plan for every device that can hold any submodel."""
+    async def _plan(
+        self, number: int, devices: list[Device]
+    ) -> tuple[dict[str, TaskPlan], dict[str, Json]]:
+        """A plan for every device that can hold any submodel, and why it is what it is."""
+        await self._measure_layers(number, devices)
         spec, statistics, settings = self._c.spec, self._c.statistics, self._c.plan_settings()
         assert spec is not None
         assert statistics is not None
-        offers = [(d.client_id, d.memory_budget_bytes, d.floor_bytes) for d in devices]
+        if isinstance(statistics, Mapping):
+            devices = [d for d in devices if d.client_id in statistics]
+        offers = [Offer(d.client_id, d.memory_budget_bytes, d.floor_bytes) for d in devices]
+        results = await asyncio.to_thread(
+            plan_round,
+            spec,
+            statistics,
+            settings,
+            offers,
+            round_number=number,
+            ages=self._c.ages(),
+        )
         plans: dict[str, ClientPlan] = {}
-        for device, result in zip(
-            devices,
-            await asyncio.to_thread(_plan_all, spec, statistics, settings, number, offers),
-            strict=True,
-        ):
+        for device in devices:
+            result = results[device.client_id]
             if isinstance(result, BudgetTooSmall):
                 device.unfit = device.last_failure = str(result)
                 self._log.warning("device left out", client=device.client_id, reason=str(result))
             else:
                 plans[device.client_id] = result
-        return plans
+        self._warn_of_uncovered(results, settings)
+        files = await self._fit_bridges({plan.submodel for plan in plans.values()})
+        return (
+            {c: method.task_plan(p, files.get(p.submodel)) for c, p in plans.items()},
+            {c: choices_to_json(p) for c, p in plans.items()},
+        )
+
+    def _warn_of_uncovered(
+        self, results: Mapping[str, ClientPlan | BudgetTooSmall], settings: PlanSettings
+    ) -> None:
+        if settings.coverage is not Coverage.HARD:
+            return
+        left = left_uncovered(results, self._c.ages(), coverage_rounds=settings.coverage_rounds)
+        if left:
+            names = ", ".join(map(str, left))
+            self._log.warning("no device of this round has room for overdue layers", layers=names)
+
+    async def _fit_bridges(self, submodels: Set[Submodel]) -> dict[Submodel, FileInfo]:
+        """Bridges on public text for each submodel, among the blobs that devices may fetch."""
+        plan = self._settings.plan
+        pruned = sorted(
+            (s for s in submodels if not s.is_full), key=lambda submodel: submodel.components
+        )
+        if plan.bridge is BridgeKind.OFF or plan.bridge_data != "public" or not pruned:
+            return {}
+        folder = self._storage.bridge_path("new").parent
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = [folder / f"new-{index}.tmp" for index in range(len(pruned))]
+        await self._torch.fit_bridges(pruned, paths, adapter_dir=self._adapter_dir())
+        files = {}
+        for submodel, path in zip(pruned, paths, strict=True):
+            info = replace(file_info(path), name="bridges.safetensors")
+            make_durable(path, self._storage.bridge_path(info.hash))
+            self._c.blocks.add_file(info, self._storage.bridge_path(info.hash))
+            files[submodel] = info
+        return files
+
+    def _adapter_dir(self) -> Path | None:
+        """The newest adapter, exported; None before the first round."""
+        return self._storage.peft_dir("latest") if self._c.adapter_round else None
+
+    # Layer statistics
+
+    async def _measure_layers(self, number: int, devices: list[Device]) -> None:
+        """Measure the layers again when it is time, on public text or on the devices."""
+        remembered = self._storage.fact("statistics") or {"round": None}
+        drift = await asyncio.to_thread(self._drift_since, remembered["round"])
+        due = method.statistics_due(
+            self._settings, number, measured=remembered["round"], drift=drift
+        )
+        source = self._settings.plan.statistics
+        if source == "device":
+            missing = [d for d in devices if d.client_id not in remembered.get("of", {})]
+            due = due or bool(missing)
+        if not due:
+            if remembered.get("of"):
+                self._c.statistics = _statistics_from(remembered)
+            return
+        self._c.tell("running", f"round {number}: measuring the layers ({source})")
+        if source == "public":
+            found = {"public": await self._torch.probe(self._adapter_dir())}
+        else:
+            found = await self._survey(number, devices)
+        old = {k: statistics_from_json(v) for k, v in remembered.get("of", {}).items()}
+        if source == "cohort":
+            weights = [s.cost.num_tokens if s.cost else 1 for s in found.values()]
+            found = {"cohort": average(list(found.values()), weights)}
+        mixed = method.mixed(self._settings, old, found)
+        fact = {"round": number, "of": {k: statistics_to_json(v) for k, v in mixed.items()}}
+        self._storage.remember("statistics", fact)
+        self._c.statistics = _statistics_from(fact)
+
+    def _drift_since(self, number: int | None) -> float:
+        """Relative change of the adapter since the layers were last measured."""
+        if number is None or not self._c.adapter_round:
+            return 0.0
+        then = read_adapter(self._storage.adapter_path(max(0, number - 1)))
+        now = read_adapter(self._storage.adapter_path(self._c.adapter_round))
+        return relative_drift(then, now)
+
+    async def _survey(self, number: int, devices: list[Device]) -> dict[str, Statistics]:
+        """Statistics of the devices that answer before the deadline.
+
+        Raises:
+            RunFailed: none did.
+        """
+        spec = self._c.spec
+        assert spec is not None
+        tasks = {d.client_id: f"probe-{number}-{d.client_id}" for d in devices}
+        probe = method.make_probe(
+            self._settings,
+            spec,
+            number=number,
+            tensors=self._c.blocks.tensors,
+            files=self._c.blocks.files,
+        )
+        survey = self._c.survey = Survey(tasks, probe)
+        self._c.wake()
+        deadline = time.monotonic() + self._settings.run.round_deadline_s
+        try:
+            while time.monotonic() < deadline:
+                now, registry = time.monotonic(), self._c.registry
+                alive = [
+                    d.client_id
+                    for d in devices
+                    if registry.state(d, now=now) is not DeviceState.LOST
+                ]
+                if not survey.waiting_for(alive):
+                    break
+                await self._c.changed(_TICK_S)
+        finally:
+            self._c.survey = None
+        if not survey.results:
+            reasons = "; ".join(f"{c}: {r}" for c, r in survey.failed.items()) or "no answer"
+            raise RunFailed(f"no device could measure its layers ({reasons})")
+        return survey.results
 
     def _announce(self) -> None:
         current = self._c.round
@@ -191,17 +363,30 @@ class Run:
         self._c.apply(rounds.Aggregated())
 
     def _combine(self, number: int, clients: tuple[str, ...]) -> None:
-        record = self._c.history[number]
-
-        def updates() -> Iterator[ClientUpdate]:
-            for client_id in clients:
-                metrics = record.clients[client_id].metrics
-                assert metrics is not None
-                tensors = read_adapter(self._storage.update_path(number, client_id))
-                yield ClientUpdate(client_id, metrics.num_examples, tensors)
-
-        current = read_adapter(self._storage.adapter_path(self._c.adapter_round))
-        write_adapter(aggregate(current, updates()), self._storage.adapter_path(number))
+        record, storage = self._c.history[number], self._storage
+        updates = []
+        for client_id in clients:
+            metrics = record.clients[client_id].metrics
+            assert metrics is not None
+            tensors = AdapterFile(storage.update_path(number, client_id))
+            updates.append(ClientUpdate(client_id, metrics.num_examples, tensors))
+        before = self._c.adapter_round
+        combined = combine(
+            read_adapter(storage.adapter_path(before)),
+            updates,
+            settings=method.aggregation_settings(self._settings),
+            state=read_state(storage.state_path(before)),
+            round_number=number,
+        )
+        write_state(combined.state, storage.state_path(number))
+        write_adapter(combined.adapter, storage.adapter_path(number))
+        record.fedit_error = combined.report.fedit_error
+        if combined.report.left_alone:
+            self._log.info(
+                "too few devices trained some modules: they keep their values",
+                round=number,
+                modules=len(combined.report.left_alone),
+            )
 
     async def _close_round(self, effect: rounds.Effect) -> None:
         """Score and save what a round brought."""
@@ -281,25 +466,8 @@ def _missing(found: int, wanted: int, coordinator: Coordinator) -> str:
     return text
 
 
-def _plan_all(
-    spec: ModelSpec,
-    statistics: Statistics,
-    settings: PlanSettings,
-    number: int,
-    offers: list[tuple[str, int, int]],
-) -> list[ClientPlan | BudgetTooSmall]:
-    def plan(client_id: str, budget_bytes: int, floor_bytes: int) -> ClientPlan | BudgetTooSmall:
-        try:
-            return plan_client(
-                spec,
-                statistics,
-                settings,
-                client_id=client_id,
-                round_number=number,
-                budget_bytes=budget_bytes,
-                floor_bytes=floor_bytes,
-            )
-        except BudgetTooSmall as error:
-            return error
-
-    return [plan(*offer) for offer in offers]
+def _statistics_from(fact: Json) -> Statistics | dict[str, Statistics]:
+    """Of one source for all devices, or of each device."""
+    found = {k: statistics_from_json(v) for k, v in fact["of"].items()}
+    (only,) = found.values() if set(found) <= {"public", "cohort"} else (None,)
+    return only if only is not None else found

@@ -14,7 +14,7 @@ from fedpruner_common.errors import CorruptChunk, InvalidUpdate
 from fedpruner_common.pb import federation_pb2 as pb
 from fedpruner_common.pb.federation_pb2_grpc import FederationServicer
 from fedpruner_common.rpc import HEARTBEATS_PER_LEASE, STREAM_IDLE_S
-from fedpruner_common.task import Task
+from fedpruner_common.task import ProbeTask, Task
 from fedpruner_server.coordinator import Coordinator
 from fedpruner_server.core.validation import max_update_bytes
 from fedpruner_server.tasks import Tasks, Waiting
@@ -59,6 +59,8 @@ class Federation(FederationServicer):
         answer = await self._tasks.pull(device, request.wait_s)
         if isinstance(answer, Task):
             return pb.PullTaskReply(task=convert.task_to_pb(answer))
+        if isinstance(answer, ProbeTask):
+            return pb.PullTaskReply(probe=convert.probe_to_pb(answer))
         if isinstance(answer, Waiting):
             return pb.PullTaskReply(waiting=answer.reason)
         return pb.PullTaskReply(finished=answer.reason)
@@ -92,7 +94,7 @@ class Federation(FederationServicer):
         device = self._tasks.device(header.client_id, header.session)
         if not self._tasks.check_update(device, task_id=header.task_id, round_number=header.round):
             return pb.PushUpdateReply()  # stored before: the agent did not hear the answer
-        _, shapes = self._tasks.adapter_of(device, header.task_id)
+        shapes = self._tasks.update_shapes(device, header.task_id)
         limit = max_update_bytes(shapes)
         if header.num_bytes > limit:
             raise InvalidUpdate(
@@ -108,6 +110,17 @@ class Federation(FederationServicer):
                 device, received, task_id=header.task_id, metrics=metrics
             )
         return pb.PushUpdateReply()
+
+    async def PushStatistics(
+        self, request: pb.PushStatisticsRequest, _: Any
+    ) -> pb.PushStatisticsReply:
+        device = self._tasks.device(request.client_id, request.session)
+        try:
+            statistics = convert.statistics_from_pb(request)
+        except ValueError as error:
+            raise InvalidUpdate(f"the statistics make no sense: {error}") from error
+        self._tasks.store_statistics(device, request.task_id, statistics)
+        return pb.PushStatisticsReply()
 
     async def ReportFailure(
         self, request: pb.ReportFailureRequest, _: Any

@@ -1,16 +1,17 @@
-"""ModelSpec and Statistics <-> JSON: how the torch jobs hand their findings to the coordinator."""
+"""ModelSpec and plans <-> JSON: for the torch jobs, the journal and remembered facts."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
-import numpy as np
-
 from fedpruner_common.adapters import LoraTarget
 from fedpruner_common.budget import MemoryProfile
 from fedpruner_common.components import ComponentId
+from fedpruner_common.manifest import FileInfo
 from fedpruner_common.spec import ModelSpec
-from fedpruner_server.core.statistics import Family, FamilyStatistics, Statistics
+from fedpruner_common.task import BridgeKind, BridgeSettings
+from fedpruner_server.core.planning import ClientPlan
+from fedpruner_server.method import TaskPlan
 
 Json = dict[str, Any]
 
@@ -59,22 +60,32 @@ def spec_from_json(data: Json) -> ModelSpec:
     )
 
 
-def statistics_to_json(statistics: Statistics) -> Json:
-    """Statistics as JSON values."""
-    families = {
-        family.value: {
-            "similarity": np.asarray(item.similarity).tolist(),
-            "importance": list(item.importance),
-        }
-        for family, item in statistics.families.items()
+def choices_to_json(plan: ClientPlan) -> Json:
+    """Why a client's plan is what it is, as JSON values: enough to replay it."""
+    return {
+        family.value: [asdict(choice) for choice in choices]
+        for family, choices in plan.choices.items()
     }
-    return {"families": families, "source": statistics.source, "score": statistics.score}
 
 
-def statistics_from_json(data: Json) -> Statistics:
-    """The statistics that `statistics_to_json` wrote."""
-    families = {
-        Family(name): FamilyStatistics(np.array(item["similarity"]), tuple(item["importance"]))
-        for name, item in data["families"].items()
+def plan_to_json(plan: TaskPlan) -> Json:
+    """A client's plan as JSON values."""
+    return {
+        "components": [str(component) for component in plan.components],
+        "predicted_peak_bytes": plan.predicted_peak_bytes,
+        "bridge": asdict(plan.bridge),
+        "bridge_file": asdict(plan.bridge_file) if plan.bridge_file else None,
+        "streamed": list(plan.streamed),
     }
-    return Statistics(families, data["source"], data["score"])
+
+
+def plan_from_json(data: Json) -> TaskPlan:
+    """The plan that `plan_to_json` wrote."""
+    bridge = data["bridge"]
+    return TaskPlan(
+        components=tuple(map(ComponentId.parse, data["components"])),
+        predicted_peak_bytes=data["predicted_peak_bytes"],
+        bridge=BridgeSettings(**{**bridge, "kind": BridgeKind(bridge["kind"])}),
+        bridge_file=FileInfo(**data["bridge_file"]) if data["bridge_file"] else None,
+        streamed=tuple(data["streamed"]),
+    )

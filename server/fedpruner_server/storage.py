@@ -91,6 +91,14 @@ class Storage:
         """The global adapter after a round; 0 is the one before the first."""
         return self.state_dir / "adapters" / f"round-{round_number:04d}.safetensors"
 
+    def state_path(self, round_number: int) -> Path:
+        """What aggregation keeps beside the adapter after a round: residuals, moments."""
+        return self.state_dir / "adapters" / f"state-{round_number:04d}.safetensors"
+
+    def bridge_path(self, content_hash: str) -> Path:
+        """Bridges that the coordinator fitted for a submodel."""
+        return self.state_dir / "bridges" / f"{content_hash}.safetensors"
+
     def update_path(self, round_number: int, client_id: str) -> Path:
         return self.state_dir / "updates" / f"round-{round_number:04d}" / f"{client_id}.safetensors"
 

@@ -9,20 +9,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fedpruner_common.adapters import from_peft
-from fedpruner_common.components import ComponentId
 from fedpruner_common.errors import BudgetTooSmall, InvalidUpdate, ModelError, StaleRound
 from fedpruner_common.log import get_logger
 from fedpruner_common.rpc import PULL_WAIT_S
-from fedpruner_common.submodel import Submodel
-from fedpruner_common.task import LoraSettings, Task, TrainingSettings, UpdateMetrics
+from fedpruner_common.statistics import Statistics
+from fedpruner_common.task import ProbeTask, Task, UpdateMetrics
 from fedpruner_server.coordinator import Coordinator
 from fedpruner_server.core import round as rounds
 from fedpruner_server.core import validation
 from fedpruner_server.core.planning import fit
 from fedpruner_server.core.round import Outcome, Phase
-from fedpruner_server.core.schedule import learning_rate
 from fedpruner_server.export import read_adapter
 from fedpruner_server.history import ClientRecord
+from fedpruner_server.method import adapter_components, make_task
 from fedpruner_server.registry import Device
 from fedpruner_server.storage import make_durable
 from fedpruner_server.tensorfile import read_header
@@ -68,7 +67,7 @@ class Tasks:
         """The device behind a call."""
         return self._c.registry.authenticate(client_id, session, now=time.monotonic())
 
-    async def pull(self, device: Device, wait_s: float) -> Task | Waiting | Finished:
+    async def pull(self, device: Device, wait_s: float) -> Task | ProbeTask | Waiting | Finished:
         """The device's task; waits for one at most `wait_s`.
 
         Raises:
@@ -83,13 +82,17 @@ class Tasks:
             await self._c.changed(left)
             device.last_seen = time.monotonic()
 
-    def _next_for(self, device: Device) -> Task | Waiting | Finished:
+    def _next_for(self, device: Device) -> Task | ProbeTask | Waiting | Finished:
         device.task_id = ""
         if self._c.state in ("finished", "failed"):
             device.told_finished = True
             device.activity = "done"
             return Finished(self._c.explanation)
         self._check_fits(device)
+        if self._c.survey is not None and (probe := self._c.survey.task_of(device.client_id)):
+            device.task_id = probe.task_id
+            device.activity = "measuring layers"
+            return probe
         if self._c.round is not None and self._c.round.phase is Phase.TRAINING:
             state = self._c.round.tasks.get(device.client_id)
             if state is not None and state.outcome in (Outcome.WORKING, Outcome.LOST):
@@ -116,39 +119,42 @@ class Tasks:
         """The task of a client in the current round, from what the journal says of it."""
         assert self._c.round is not None
         assert self._c.spec is not None
-        number, training = self._c.round.number, self._c.settings.training
+        number = self._c.round.number
         record = self._c.history[number].clients[device.client_id]
-        submodel = Submodel.of(self._c.spec.num_layers, map(ComponentId.parse, record.components))
         device.components = record.components
         device.predicted_peak_bytes = record.predicted_peak_bytes
-        lora = self._c.settings.lora
-        return Task(
+        return make_task(
+            self._c.settings,
+            self._c.spec,
+            record.plan,
             task_id=device.task_id,
-            round=number,
-            submodel=submodel,
-            tensors=tuple(self._c.blocks.tensors[n] for n in self._c.spec.tensor_names(submodel)),
+            number=number,
+            tensors=self._c.blocks.tensors,
             files=self._c.blocks.files,
-            lora=LoraSettings(
-                r=lora.r,
-                lora_alpha=lora.lora_alpha,
-                lora_dropout=lora.lora_dropout,
-                target_modules=tuple(t.module for t in self._c.spec.targets(submodel.components)),
-            ),
-            training=TrainingSettings(
-                learning_rate=learning_rate(
-                    training.learning_rate,
-                    round_number=number,
-                    num_rounds=self._c.settings.run.num_rounds,
-                    kind=training.lr_scheduler_type,
-                ),
-                seed=self._c.settings.run.seed * 1_000_003 + number,
-                **training.model_dump(exclude={"learning_rate", "lr_scheduler_type"}),
-            ),
-            predicted_peak_bytes=record.predicted_peak_bytes,
         )
+
+    def store_statistics(self, device: Device, task_id: str, statistics: Statistics) -> None:
+        """Take what a device found out about the layers.
+
+        Raises:
+            StaleRound: nobody waits for it any more.
+            InvalidUpdate: it is not what was asked for.
+        """
+        survey, spec = self._c.survey, self._c.spec
+        if survey is None or spec is None or survey.tasks.get(device.client_id) != task_id:
+            raise StaleRound(f"statistics {task_id[:80]!r} are not waited for")
+        families = self._c.settings.plan.granularity.families
+        validation.check_statistics(statistics, families, spec.num_layers)
+        survey.results[device.client_id] = statistics
+        device.task_id = ""
+        self._log.info("layers measured", client=device.client_id)
+        self._c.wake()
 
     def still_wanted(self, device: Device, task_id: str) -> str:
         """The task a device says it works on, or nothing if its work would be in vain."""
+        if self._c.survey is not None and (probe := self._c.survey.task_of(device.client_id)):
+            device.task_id = task_id if task_id == probe.task_id else ""
+            return device.task_id
         state = self._c.round.tasks.get(device.client_id) if self._c.round else None
         wanted = (
             self._c.round is not None
@@ -174,12 +180,22 @@ class Tasks:
         return self._c.history[self._c.round.number].clients[device.client_id]
 
     def adapter_of(self, device: Device, task_id: str) -> tuple[Path, dict[str, tuple[int, int]]]:
-        """The file of the global adapter, and name -> shape of the task's part of it."""
+        """The file of the global adapter, and name -> shape of what the task needs of it."""
+        path, spec = self._c.storage.adapter_path(self._c.adapter_round), self._c.spec
+        survey = self._c.survey
+        if survey is not None and survey.tasks.get(device.client_id) == task_id:
+            assert spec is not None
+            return path, spec.adapter_shapes(self._c.settings.lora.r)
+        record = self.client_record(device, task_id)
+        assert spec is not None
+        components = adapter_components(spec, record.plan)
+        return path, spec.adapter_shapes(self._c.settings.lora.r, components)
+
+    def update_shapes(self, device: Device, task_id: str) -> dict[str, tuple[int, int]]:
+        """Name -> shape of the tensors in the task's update."""
         record = self.client_record(device, task_id)
         assert self._c.spec is not None
-        components = map(ComponentId.parse, record.components)
-        shapes = self._c.spec.adapter_shapes(self._c.settings.lora.r, components)
-        return self._c.storage.adapter_path(self._c.adapter_round), shapes
+        return self._c.spec.adapter_shapes(self._c.settings.lora.r, record.plan.components)
 
     def count_down(self, device: Device, *, base: int = 0, adapter: int = 0) -> None:
         """Count bytes sent to a device, also for its task of the current round."""
@@ -213,7 +229,7 @@ class Tasks:
         validation.check_metrics(metrics)
         assert self._c.round is not None
         number = self._c.round.number
-        _, shapes = self.adapter_of(device, task_id)
+        shapes = self.update_shapes(device, task_id)
         await asyncio.to_thread(_check_update_file, received, shapes)
         if not self.check_update(device, task_id=task_id, round_number=number):
             return
@@ -235,6 +251,14 @@ class Tasks:
 
     def task_failed(self, device: Device, *, task_id: str, reason: str) -> None:
         """Take note that a device cannot do its task."""
+        survey = self._c.survey
+        if survey is not None and survey.tasks.get(device.client_id) == task_id:
+            survey.failed[device.client_id] = reason
+            device.last_failure = reason
+            device.task_id = ""
+            self._log.warning("layers not measured", client=device.client_id, reason=reason)
+            self._c.wake()
+            return
         self.client_record(device, task_id)
         device.last_failure = reason
         device.task_id = ""

@@ -7,6 +7,7 @@ stays warm as long as the run lasts; what it found about the model is remembered
 import asyncio
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ from typing import Any
 from fedpruner_common.child import Child
 from fedpruner_common.errors import ConfigError
 from fedpruner_common.spec import ModelSpec
+from fedpruner_common.statistics import Statistics, statistics_from_json
+from fedpruner_common.submodel import Submodel
 from fedpruner_server import specs
 from fedpruner_server.blockstore import BlockStore
 from fedpruner_server.config import ServerSettings
-from fedpruner_server.core.statistics import Statistics
 from fedpruner_server.storage import Storage
 
 Json = dict[str, Any]
@@ -54,29 +56,63 @@ class TorchWorker:
         }
         return specs.spec_from_json(await self._remembered("describe", arguments))
 
-    async def probe(self) -> Statistics:
+    def calibration(self) -> list[str]:
+        """Files of public text.
+
+        Raises:
+            ConfigError: there is no such text.
+        """
+        calibration = self._settings.data.calibration or self._settings.data.eval
+        if not calibration:
+            raise ConfigError(
+                "no text to measure the layers on: set data.calibration (--calibration-data) to "
+                "some public text, .jsonl or plain; a few thousand words are enough"
+            )
+        return [str(path) for path in calibration]
+
+    async def probe(self, adapter_dir: Path | None) -> Statistics:
         """How alike the layers are and what each is worth, on public text.
 
         Raises:
             ConfigError: there is no such text.
         """
         settings = self._settings
-        calibration = settings.data.calibration or settings.data.eval
-        if not calibration:
-            raise ConfigError(
-                "no text to measure the layers on: set data.calibration (--calibration-data) to "
-                "some public text, .jsonl or plain; a few thousand words are enough"
-            )
         arguments = {
             "model": str(self._blocks.model_dir),
-            "calibration": [str(path) for path in calibration],
+            "calibration": self.calibration(),
             "granularity": settings.plan.granularity.value,
-            "score": settings.plan.importance,
+            "score": settings.plan.importance.value,
             "max_seq_length": settings.training.max_seq_length,
             "num_sequences": settings.data.num_calibration_sequences,
             "seed": settings.run.seed,
+            "adapter": str(adapter_dir) if adapter_dir else None,
         }
-        return specs.statistics_from_json(await self._remembered("probe", arguments))
+        if adapter_dir is None:
+            return statistics_from_json(await self._remembered("probe", arguments))
+        return statistics_from_json(await self._call("probe", arguments))
+
+    async def fit_bridges(
+        self, submodels: Sequence[Submodel], paths: Sequence[Path], *, adapter_dir: Path | None
+    ) -> None:
+        """Write the bridges of each submodel to its path, fitted on public text.
+
+        Raises:
+            ConfigError: there is no such text.
+        """
+        settings = self._settings
+        arguments = {
+            "model": str(self._blocks.model_dir),
+            "calibration": self.calibration(),
+            "max_seq_length": settings.training.max_seq_length,
+            "num_sequences": settings.data.num_bridge_sequences,
+            "num_layers": submodels[0].num_layers,
+            "submodels": [[str(c) for c in submodel.components] for submodel in submodels],
+            "paths": [str(path) for path in paths],
+            "kind": settings.plan.bridge.value,
+            "rank": settings.plan.bridge_rank,
+            "adapter": str(adapter_dir) if adapter_dir else None,
+        }
+        await self._call("fit_bridges", arguments)
 
     async def evaluate(self, adapter_dir: Path | None) -> dict[str, float]:
         """Held-out loss of each evaluation file, with an exported adapter or of the base model."""

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from streaming_support import with_adapter
 from torch_support import (
     ARCHITECTURES,
     ATTENTION,
@@ -23,9 +24,10 @@ from torch_support import (
 )
 
 from fedpruner_common.components import Kind
+from fedpruner_common.errors import ModelError
 from fedpruner_common.modeling.check import find_anatomy
 from fedpruner_common.modeling.stubs import skipping
-from fedpruner_server.core.statistics import Family, Granularity, Statistics
+from fedpruner_common.statistics import Family, Granularity, Statistics
 from fedpruner_server.probe import probe
 
 TEXT = "The quick brown fox jumps over the lazy dog; 0123456789 times it did. " * 2
@@ -41,12 +43,17 @@ def windows() -> list[torch.Tensor]:
 
 
 def run_probe(
-    tiny: TinyModel, tmp_path: Path, granularity: Granularity, score: str, num_sequences: int = 100
+    tiny: TinyModel,
+    tmp_path: Path,
+    granularity: Granularity,
+    score: str,
+    num_sequences: int = 100,
+    adapter_dir: Path | None = None,
 ) -> Statistics:
     (tmp_path / "text.txt").write_text(TEXT)
     return probe(
         tiny.path, [tmp_path / "text.txt"], granularity=granularity, score=score,
-        max_seq_length=SEQ_LEN, num_sequences=num_sequences, seed=5,
+        max_seq_length=SEQ_LEN, num_sequences=num_sequences, seed=5, adapter_dir=adapter_dir,
     )  # fmt: skip
 
 
@@ -195,6 +202,65 @@ def test_the_same_seed_gives_the_same_statistics(llama: TinyModel, tmp_path: Pat
     one, two = a.families[Family.LAYER], b.families[Family.LAYER]
     assert one.importance == two.importance
     assert np.array_equal(one.similarity, two.similarity)
+
+
+def stored_layer_bytes(tiny: TinyModel) -> int:
+    return sum(info.num_bytes for name, info in tiny.infos.items() if ".layers." in name)
+
+
+def test_the_model_is_streamed_from_its_file(llama: TinyModel, tmp_path: Path) -> None:
+    cost = run_probe(llama, tmp_path, Granularity.COMPONENT, "loo").cost
+    assert cost
+    assert cost.bytes_read == stored_layer_bytes(llama)
+    assert cost.loss_full == pytest.approx(mean_loss(llama.reference), abs=1e-5)
+    assert cost.num_tokens == sum(ids.shape[1] - 1 for ids in windows())
+
+
+def test_a_model_behind_links_as_in_a_download_cache_is_streamed_too(
+    llama: TinyModel, tmp_path: Path
+) -> None:
+    linked = tmp_path / "snapshot"
+    linked.mkdir()
+    for file in llama.path.iterdir():
+        (linked / file.name).symlink_to(file)
+    (tmp_path / "text.txt").write_text(TEXT)
+    cost = probe(
+        linked, [tmp_path / "text.txt"], granularity=Granularity.LAYER, score="bi",
+        max_seq_length=SEQ_LEN, num_sequences=4, seed=5,
+    ).cost  # fmt: skip
+    assert cost
+    assert cost.bytes_read == stored_layer_bytes(llama)
+
+
+def test_an_adapter_is_applied_when_one_is_given(llama: TinyModel, tmp_path: Path) -> None:
+    adapted = with_adapter(llama.full())
+    adapted.save_pretrained(tmp_path / "adapter")
+    merged = TinyModel(tmp_path / "merged", llama.architecture)
+    merged.save(adapted.merge_and_unload())
+    for score in ("loo", "angular"):
+        found = run_probe(
+            llama, tmp_path, Granularity.LAYER, score, adapter_dir=tmp_path / "adapter"
+        )
+        expected = run_probe(merged, tmp_path, Granularity.LAYER, score).families[Family.LAYER]
+        bare = run_probe(llama, tmp_path, Granularity.LAYER, score).families[Family.LAYER]
+        one = found.families[Family.LAYER]
+        assert one.importance == pytest.approx(expected.importance, abs=1e-4)
+        assert one.similarity == pytest.approx(expected.similarity, abs=1e-4)
+        assert one.importance != pytest.approx(bare.importance, abs=1e-3)
+    fisher = run_probe(
+        llama, tmp_path, Granularity.COMPONENT, "fisher", adapter_dir=tmp_path / "adapter"
+    )
+    assert all(min(family.importance) > 0 for family in fisher.families.values())
+
+
+def test_an_adapter_that_is_not_there_is_a_model_error(llama: TinyModel, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="nowhere"):
+        run_probe(llama, tmp_path, Granularity.LAYER, "bi", adapter_dir=tmp_path / "nowhere")
+
+
+def test_an_unknown_score_is_refused(llama: TinyModel, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="magic"):
+        run_probe(llama, tmp_path, Granularity.LAYER, "magic")
 
 
 # skipping

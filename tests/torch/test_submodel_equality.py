@@ -126,12 +126,12 @@ def _files_behind(model: torch.nn.Module) -> dict[str, str]:
 def test_weights_are_the_mapped_files_and_not_copies(llama: TinyModel) -> None:
     submodel = submodel_without(5, PLANS["halves"])
     tensors = llama.local_tensors(llama.spec.tensor_names(submodel))
-    model = build_submodel(llama.path, submodel, tensors, dtype="auto", device=CPU)
+    model = build_submodel(llama.skeleton, submodel, tensors, dtype="auto", device=CPU).model
     expected = {tensor.info.name: str(tensor.path.resolve()) for tensor in tensors}
     assert _files_behind(model) == expected
 
     # Negative control: weights of another dtype cannot be mappings.
-    model = build_submodel(llama.path, submodel, tensors, dtype="bfloat16", device=CPU)
+    model = build_submodel(llama.skeleton, submodel, tensors, dtype="bfloat16", device=CPU).model
     assert all(p.dtype is torch.bfloat16 for p in model.parameters())
     assert not set(_files_behind(model).values()) & set(expected.values())
 
@@ -155,7 +155,7 @@ def test_a_missing_tensor_is_a_model_error(zoo: Callable[[str], TinyModel], name
     for missing in (names[0], names[-1], tiny.spec.component_tensors[submodel.last][0]):
         tensors = tiny.local_tensors(tuple(n for n in names if n != missing))
         with pytest.raises(ModelError, match="missing keys"):
-            build_submodel(tiny.path, submodel, tensors, dtype="auto", device=CPU)
+            build_submodel(tiny.skeleton, submodel, tensors, dtype="auto", device=CPU)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox"])
@@ -168,7 +168,7 @@ def test_a_superfluous_tensor_is_a_model_error(zoo: Callable[[str], TinyModel], 
     for superfluous in (dropped[0], dropped[-1]):
         tensors = tiny.local_tensors((*names, superfluous))
         with pytest.raises(ModelError, match="unexpected keys"):
-            build_submodel(tiny.path, submodel, tensors, dtype="auto", device=CPU)
+            build_submodel(tiny.skeleton, submodel, tensors, dtype="auto", device=CPU)
 
 
 def test_a_file_of_the_wrong_length_is_a_model_error(llama: TinyModel) -> None:
@@ -178,10 +178,10 @@ def test_a_file_of_the_wrong_length_is_a_model_error(llama: TinyModel) -> None:
     short.write_bytes(tensors[0].path.read_bytes()[:-1])
     broken = [type(tensors[0])(tensors[0].info, short), *tensors[1:]]
     with pytest.raises(ModelError, match=tensors[0].info.name):
-        build_submodel(llama.path, submodel, broken, dtype="auto", device=CPU)
+        build_submodel(llama.skeleton, submodel, broken, dtype="auto", device=CPU)
 
 
 def test_a_task_for_another_number_of_layers_is_a_model_error(llama: TinyModel) -> None:
     tensors = llama.local_tensors(llama.spec.tensor_names(Submodel.full(5)))
     with pytest.raises(ModelError, match="6 layers, the config 5"):
-        build_submodel(llama.path, Submodel.full(6), tensors, dtype="auto", device=CPU)
+        build_submodel(llama.skeleton, Submodel.full(6), tensors, dtype="auto", device=CPU)

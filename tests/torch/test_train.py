@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file, save_file
-from torch_support import CPU, PAD, TinyModel, components, random_ids
+from torch_support import CPU, PAD, TinyModel, components, difference, random_ids
 
 from fedpruner_client.model import add_adapter, save_update
-from fedpruner_client.train import TrainingResult, train
+from fedpruner_client.train import TrainingResult, _Proximal, batches, train
 from fedpruner_common.errors import CorruptChunk, FedPrunerError
 from fedpruner_common.modeling.data import IGNORED, TokenSequence
 from fedpruner_common.submodel import Submodel
@@ -235,6 +235,121 @@ def test_an_adapter_is_put_on_and_saved_without_warnings(
     assert messages == set()
 
 
+# FedProx, and training one factor only
+
+
+def trained_by_hand(model: Any, settings: TrainingSettings) -> dict[str, torch.Tensor]:
+    """The same training in few words, FedProx as a term of the loss; one batch of all data."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    start = [p.detach().clone() for p in parameters]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, foreach=False
+    )
+    (batch,) = batches(
+        EQUAL[:4], replace(settings, max_steps=1), order="device 1", pad_token_id=PAD
+    )
+    for _ in range(settings.max_steps):
+        loss = model(input_ids=batch.input_ids, labels=batch.labels).loss
+        if settings.proximal_mu:
+            distance = sum((p - s).square().sum() for p, s in zip(parameters, start, strict=True))
+            loss = loss + settings.proximal_mu / 2 * distance
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm, foreach=False)
+        optimizer.step()
+    return adapter_of(model)
+
+
+@pytest.mark.parametrize("mu", [0.0, 0.3, 30.0])
+def test_proximal_training_adds_half_mu_times_the_squared_distance_to_the_loss(
+    llama: TinyModel, adapted: Callable[..., Any], mu: float
+) -> None:
+    # Every batch is the same four sequences: their order within a batch makes rounding only.
+    settings = replace(SETTINGS, proximal_mu=mu, max_steps=4, learning_rate=1e-3)
+    model = adapted(llama)
+    run(model, settings, EQUAL[:4])
+    expected = trained_by_hand(adapted(llama), settings)
+    assert largest_difference(adapter_of(model), expected) < 2e-5
+    if mu:
+        without = adapted(llama)
+        run(without, replace(settings, proximal_mu=0.0), EQUAL[:4])
+        assert largest_difference(adapter_of(without), expected) > 1e-4
+
+
+def test_one_proximal_gradient_by_hand(llama: TinyModel, adapted: Callable[..., Any]) -> None:
+    model = adapted(llama)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    proximal = _Proximal(parameters, 0.5)
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, 2.0)
+        parameter.data += 3.0
+    parameters[0].grad = None  # it took no part
+    proximal.add_gradients()
+    assert parameters[0].grad is None
+    # 2 + 0.5 * 3
+    gradients = [p.grad for p in parameters[1:] if p.grad is not None]
+    assert len(gradients) == len(parameters) - 1
+    assert max(difference(g, torch.full_like(g, 3.5)) for g in gradients) < 1e-6
+
+
+def test_no_proximal_term_is_training_as_it_was_bit_by_bit(
+    llama: TinyModel, adapted: Callable[..., Any]
+) -> None:
+    model = adapted(llama)
+    same = [EQUAL[0]] * 4  # so that batches are the same whatever their order
+    settings = replace(SETTINGS, proximal_mu=0.0)
+    start = adapter_of(model)
+    run(model, settings, same)
+    expected = adapted(llama)
+    parameters = [p for p in expected.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=settings.learning_rate, weight_decay=0.0, foreach=False
+    )
+    ids = torch.stack([s.input_ids.long() for s in same])
+    for _ in range(settings.max_steps):
+        expected(input_ids=ids, labels=ids).loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=False)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert largest_difference(adapter_of(model), adapter_of(expected)) == 0.0
+    assert largest_difference(adapter_of(model), start) > 1e-3
+
+
+def test_a_large_mu_keeps_the_adapter_near_its_start(
+    llama: TinyModel, adapted: Callable[..., Any]
+) -> None:
+    def distance(mu: float) -> float:
+        model = adapted(llama)
+        start = adapter_of(model)
+        run(model, replace(SETTINGS, proximal_mu=mu, max_steps=20, learning_rate=1e-3))
+        end = adapter_of(model)
+        return sum((end[n] - start[n]).square().sum().item() for n in start)
+
+    free = distance(0.0)
+    assert distance(1.0) < 0.8 * free
+    assert distance(1000.0) < 0.1 * free
+
+
+@pytest.mark.parametrize(("trained", "frozen"), [("A", "lora_B"), ("B", "lora_A")])
+def test_training_one_factor_leaves_the_other_bit_by_bit(
+    llama: TinyModel, adapted: Callable[..., Any], tmp_path: Path, trained: str, frozen: str
+) -> None:
+    model = adapted(llama)
+    with torch.no_grad():  # B is zero before round 1, and A would have no gradient
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter += 0.01
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    run(model, replace(SETTINGS, train_factor=trained, weight_decay=0.1, max_grad_norm=100.0))
+    changed = {n for n, p in model.named_parameters() if not torch.equal(before[n], p)}
+    assert changed == {n for n in before if f"lora_{trained}" in n}
+    # The update still has both.
+    save_update(model, tmp_path / "update.safetensors")
+    update = read_adapter(tmp_path / "update.safetensors")
+    assert update.keys() == llama.spec.adapter_shapes(R, HALVES.components).keys()
+    assert any(name.endswith(frozen) for name in update)
+
+
 # The adapter on its way in and out
 
 
@@ -254,6 +369,18 @@ def test_the_adapters_values_arrive_in_the_submodel(llama: TinyModel, tmp_path: 
         if p.requires_grad
     }
     assert arrived == {name: [float(index)] for index, name in enumerate(values)}
+
+
+def test_the_adapter_is_where_the_model_computes_even_if_its_layers_rest_elsewhere(
+    llama: TinyModel, adapted: Callable[..., Any], tmp_path: Path
+) -> None:
+    adapted(llama)  # leaves its adapter in the folder
+    base = llama.build(HALVES)
+    base.get_input_embeddings().to("meta")  # stands for a GPU; streamed layers rest on the CPU
+    model = add_adapter(base, lora_settings(llama, HALVES), tmp_path / "adapter.safetensors")
+    devices = {n: p.device.type for n, p in model.named_parameters() if "layers" in n}
+    assert {device for n, device in devices.items() if "lora_" in n} == {"meta"}
+    assert {device for n, device in devices.items() if "lora_" not in n} == {"cpu"}
 
 
 def test_an_update_is_the_trained_values_under_their_global_names(

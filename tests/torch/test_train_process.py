@@ -16,7 +16,7 @@ from fedpruner_common.child import Child
 from fedpruner_common.components import ComponentId, all_components
 from fedpruner_common.errors import ChildDied, DataError
 from fedpruner_common.submodel import Submodel
-from fedpruner_common.task import TrainingSettings
+from fedpruner_common.task import BridgeKind, BridgeSettings, TrainingSettings
 from fedpruner_server.config import LoraOptions, TrainingOptions
 from fedpruner_server.core.aggregation import initial_adapter
 from fedpruner_server.export import read_adapter, write_adapter
@@ -87,6 +87,11 @@ def arguments(
         "num_layers": NUM_LAYERS,
         "components": [str(c) for c in submodel.components],
         "tensors": [{**asdict(t.info), "path": str(t.path)} for t in tensors],
+        "other_tensors": [],
+        "bridge": asdict(BridgeSettings()),
+        "bridges": None,
+        "streamed": [],
+        "work_dir": str(work_dir),
         "lora": {
             "r": LORA.r,
             "lora_alpha": LORA.lora_alpha,
@@ -142,6 +147,82 @@ def test_the_predicted_peak_is_the_measured_one_within_a_tenth(
     increment = measured[8] - measured[2]
     assert increment > 100 * MIB
     assert increment == pytest.approx(predicted[8] - predicted[2], rel=0.2)
+
+
+# Swept, corrected and streamed, in the process
+
+
+@pytest.fixture(scope="module")
+def heavy(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    """Mostly weights: 8 layers of 16 MiB, and short sequences of 32 tokens."""
+    config = transformers.LlamaConfig(
+        vocab_size=128, hidden_size=512, intermediate_size=2048, num_hidden_layers=NUM_LAYERS,
+        num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=64,
+    )  # fmt: skip
+    tiny = TinyModel(
+        tmp_path_factory.mktemp("heavy"),
+        Architecture(config, "model.layers", "self_attn", "mlp"),
+        noise=0,
+    )
+    (tiny.path / "data.txt").write_text("all work and no play makes jack a dull boy\n" * 20)
+    return tiny
+
+
+def with_sweep(tiny: TinyModel, task: dict[str, Any]) -> dict[str, Any]:
+    """The same task, corrected: with the other tensors, and an adapter for the whole model."""
+    shapes = tiny.spec.adapter_shapes(LORA.r, all_components(NUM_LAYERS))
+    write_adapter(initial_adapter(shapes, seed=0), Path(task["adapter"]))
+    sent = {tensor["name"] for tensor in task["tensors"]}
+    others = tiny.local_tensors(tuple(sorted(set(tiny.infos) - sent)))
+    settings = BridgeSettings(BridgeKind.LOWRANK, rank=8, local=True, corrected=True)
+    return {
+        **task,
+        "bridge": asdict(settings),
+        "other_tensors": [{**asdict(t.info), "path": str(t.path)} for t in others],
+    }
+
+
+def test_a_corrected_task_sweeps_the_full_model_without_holding_it(
+    heavy: TinyModel, child: Child, floor_bytes: int, tmp_path: Path
+) -> None:
+    kept = layers(0, 7)
+    plain = arguments(heavy, tmp_path, kept, batch=2, seq_len=32)
+    pruned = child.call("train", plain)
+    corrected = child.call("train", with_sweep(heavy, plain))
+    whole = child.call(
+        "train", arguments(heavy, tmp_path, layers(*range(NUM_LAYERS)), batch=2, seq_len=32)
+    )
+    # The same adapter (B is zero) and batches: the first loss is the full model's.
+    assert corrected["train_loss_first"] == pytest.approx(whole["train_loss_first"], abs=1e-4)
+    assert abs(pruned["train_loss_first"] - whole["train_loss_first"]) > 1e-3
+    # Six layers of 16 MiB were swept; they cost one layer and what is noted, not six layers.
+    swept, full = (
+        r["measured_peak_bytes"] - pruned["measured_peak_bytes"] for r in (corrected, whole)
+    )
+    assert full > 80 * MIB
+    assert swept < 0.4 * full
+    child.call("train", with_sweep(heavy, arguments(heavy, tmp_path, kept, batch=2, seq_len=32)))
+    update = read_adapter(tmp_path / "update.safetensors")
+    assert {n: v.shape for n, v in update.items()} == heavy.spec.adapter_shapes(LORA.r, kept)
+    assert floor_bytes
+
+
+def test_a_streamed_task_peaks_below_a_resident_one_by_most_of_the_weights(
+    heavy: TinyModel, child: Child, floor_bytes: int, tmp_path: Path
+) -> None:
+    everything = layers(*range(NUM_LAYERS))
+    task = arguments(heavy, tmp_path, everything, batch=2, seq_len=32)
+    resident = child.call("train", task)
+    update = (tmp_path / "update.safetensors").read_bytes()
+    task = arguments(heavy, tmp_path, everything, batch=2, seq_len=32)
+    streamed = child.call("train", {**task, "streamed": list(range(NUM_LAYERS))})
+    assert streamed["train_loss_last"] == resident["train_loss_last"]
+    assert (tmp_path / "update.safetensors").read_bytes() == update
+    weights = sum(info.num_bytes for info in heavy.infos.values())
+    saved = resident["measured_peak_bytes"] - streamed["measured_peak_bytes"]
+    assert weights > 120 * MIB
+    assert 0.7 * weights < saved < 1.2 * weights
+    assert floor_bytes
 
 
 def test_an_error_of_the_job_keeps_its_kind_and_the_process(

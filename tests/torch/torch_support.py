@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, models
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from fedpruner_client.model import LocalTensor, build_submodel
+from fedpruner_client.model import LocalTensor, Skeleton, build_submodel
 from fedpruner_common.components import ComponentId, Kind, all_components
 from fedpruner_common.manifest import TensorInfo
 from fedpruner_common.spec import ModelSpec
@@ -233,6 +233,10 @@ class TinyModel:
     def spec(self) -> ModelSpec:
         return self.describe()
 
+    @cached_property
+    def skeleton(self) -> Skeleton:
+        return Skeleton.read(self.path)
+
     def local_tensors(self, names: tuple[str, ...]) -> list[LocalTensor]:
         return [LocalTensor(self.infos[name], self.raw(name)) for name in names]
 
@@ -245,7 +249,8 @@ class TinyModel:
     def build(self, submodel: Submodel) -> Any:
         """The submodel as an agent builds it, from the files the spec names."""
         tensors = self.local_tensors(self.spec.tensor_names(submodel))
-        return build_submodel(self.path, submodel, tensors, dtype="auto", device=CPU).eval()
+        built = build_submodel(self.skeleton, submodel, tensors, dtype="auto", device=CPU)
+        return built.model.eval()
 
 
 def random_ids(*shape: int, seed: int = 1) -> torch.Tensor:

@@ -5,8 +5,8 @@ from pydantic import ValidationError
 
 from fedpruner_common.config import load
 from fedpruner_common.errors import ConfigError
+from fedpruner_common.statistics import Granularity
 from fedpruner_server.config import ServerSettings
-from fedpruner_server.core.statistics import Granularity
 
 FLAGS = {"model": "some-model"}
 

@@ -1,6 +1,8 @@
+from fedpruner_common.components import ComponentId, Kind
 from fedpruner_common.task import UpdateMetrics
 from fedpruner_server.core.round import CohortChosen, Round, TaskFailed, UpdateStored, step
 from fedpruner_server.history import ClientRecord, RoundRecord
+from fedpruner_server.method import TaskPlan
 
 
 def test_a_round_leaves_a_line_for_each_client_and_then_one_for_itself():
@@ -8,9 +10,11 @@ def test_a_round_leaves_a_line_for_each_client_and_then_one_for_itself():
     current, _ = step(current, UpdateStored("a"))
     current, _ = step(current, TaskFailed("b", "out of memory"))
     clients = {
-        "b": ClientRecord("b", ("0.ffn",), 50),
+        "b": ClientRecord("b", TaskPlan((ComponentId(0, Kind.FFN),), 50)),
         "a": ClientRecord(
-            "a", ("0.attention",), 60, metrics=UpdateMetrics(7, 99, 3.0, 2.0, 55, 1.5)
+            "a",
+            TaskPlan((ComponentId(0, Kind.ATTENTION),), 60),
+            metrics=UpdateMetrics(7, 99, 3.0, 2.0, 55, 1.5),
         ),
     }
     rows = RoundRecord(current, started=0.0, clients=clients, seconds=1.23456, loss=2.5).rows()

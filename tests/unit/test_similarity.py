@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from fedpruner_server.core.similarity import CkaAccumulator, gram, hsic1
+from fedpruner_common.similarity import CkaAccumulator, gram, hsic1
 
 
 def graph(*edges, diagonal=0.0):

@@ -3,9 +3,13 @@ import json
 import numpy as np
 from toy_model import toy_spec, toy_statistics
 
+from fedpruner_common.statistics import (
+    Granularity,
+    statistics_from_json,
+    statistics_to_json,
+)
 from fedpruner_common.submodel import Submodel
 from fedpruner_server import specs
-from fedpruner_server.core.statistics import Granularity
 
 
 def through_json(value):
@@ -19,7 +23,7 @@ def test_a_spec_survives_json():
 
 def test_statistics_survive_json_to_the_last_bit():
     statistics = toy_statistics((0.1, 1 / 3, 2e-9), granularity=Granularity.COMPONENT)
-    again = specs.statistics_from_json(through_json(specs.statistics_to_json(statistics)))
+    again = statistics_from_json(through_json(statistics_to_json(statistics)))
     assert (again.source, again.score) == (statistics.source, statistics.score)
     assert again.families.keys() == statistics.families.keys()
     for family, item in statistics.families.items():

@@ -6,7 +6,7 @@ from fedpruner_common.adapters import LoraTarget
 from fedpruner_common.budget import MemoryProfile
 from fedpruner_common.components import ComponentId, Kind, all_components
 from fedpruner_common.spec import ModelSpec
-from fedpruner_server.core.statistics import Family, FamilyStatistics, Granularity, Statistics
+from fedpruner_common.statistics import Family, FamilyStatistics, Granularity, Statistics
 
 MIB = 1 << 20
 

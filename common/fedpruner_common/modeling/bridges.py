@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fedpruner_common.errors import ModelError
+from fedpruner_common.modeling.streaming import drop_pages
 from fedpruner_common.task import BridgeKind
 
 _RIDGE = 1e-2  # times the mean of the diagonal
@@ -38,6 +39,7 @@ class Bridge(nn.Module):
         gain: what the layer multiplies a block's output with before adding it (1 in most models).
         offset: added besides: what the bridge misses on each token of the current batch,
             (batch, seq_len, hidden_size) or None. See `fitting`.
+        in_file: the offset is a mapping of a file, whose pages need not stay after their use.
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], *, gain: float = 1.0) -> None:
@@ -54,12 +56,15 @@ class Bridge(nn.Module):
         self.kind = kind_of(tensors)
         self.gain = gain
         self.offset: torch.Tensor | None = None
+        self.in_file = False
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """What to add to `hidden`, of the same shape."""
         added = self.estimate(hidden)
         if self.offset is not None:
-            added = added + self.offset
+            added = added + self.offset.reshape(added.shape)  # some layers flatten their tokens
+            if self.in_file:
+                drop_pages(self.offset)
         return added / self.gain if self.gain != 1.0 else added
 
     def estimate(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -131,7 +136,7 @@ class Moments:
             return {"weight": weight.T.float().contiguous(), "bias": bias}
         outputs = weight.T @ self._xx[:-1, :-1] @ weight  # (d_out, d_out)
         _, vectors = torch.linalg.eigh(outputs)
-        up = vectors[:, -min(rank, len(vectors)) :]  # (d_out, r), largest last
+        up = vectors[:, max(0, len(vectors) - rank) :]  # (d_out, r), largest last
         down = (weight @ up).T  # (r, d_in)
         return {"down": down.float().contiguous(), "up": up.float().contiguous(), "bias": bias}
 
@@ -167,20 +172,22 @@ def load_bridges(path: Path, *, num_runs: int, hidden_size: int) -> list[dict[st
         tensors = load_file(path)
     except Exception as error:  # safetensors has an exception of its own
         raise ModelError(f"the bridges cannot be read: {error}") from error
-    bridges: list[dict[str, torch.Tensor]] = [{} for _ in range(num_runs)]
+    bridges: dict[str, dict[str, torch.Tensor]] = {str(run): {} for run in range(num_runs)}
     for key, value in tensors.items():
         run, _, name = key.partition(".")
-        if not run.isdecimal() or int(run) >= num_runs:
+        if run not in bridges:
             raise ModelError(f"a bridge for run {run[:20]!r}: the submodel has {num_runs} runs")
-        bridges[int(run)][name] = value
-    for bridge in bridges:
+        bridges[run][name] = value
+    for run, bridge in bridges.items():
+        if not bridge:
+            raise ModelError(f"there is no bridge for run {run} of {num_runs}")
         _check(bridge, hidden_size)
-    return bridges
+    return list(bridges.values())
 
 
 def _check(bridge: Mapping[str, torch.Tensor], hidden_size: int) -> None:
     kind_of(bridge)
-    rank = bridge["down"].shape[0] if "down" in bridge else 0
+    rank = bridge["down"].shape[0] if "down" in bridge and bridge["down"].dim() else 0
     shapes = {
         "scale": (1,),
         "bias": (hidden_size,),
@@ -189,5 +196,10 @@ def _check(bridge: Mapping[str, torch.Tensor], hidden_size: int) -> None:
         "weight": (hidden_size, hidden_size),
     }
     for name, value in bridge.items():
-        if tuple(value.shape) != shapes[name] or not torch.isfinite(value).all():
-            raise ModelError(f"bridge tensor {name} {tuple(value.shape)} is not usable")
+        found = f"{value.dtype} {tuple(value.shape)}"
+        if value.dtype != torch.float32 or tuple(value.shape) != shapes[name]:
+            raise ModelError(
+                f"bridge tensor {name} should be torch.float32 {shapes[name]}, got {found}"
+            )
+        if not torch.isfinite(value).all():
+            raise ModelError(f"bridge tensor {name} holds a value that is not finite")

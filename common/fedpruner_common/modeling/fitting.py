@@ -82,9 +82,13 @@ def bridge_runs(
     with torch.no_grad(), _sweeping(model, anatomy, frozenset(ends), keep, rows), streamed():
         _run(model, input_ids)
     fitting = _Fitting(kind, rank, given, states, corrected)
-    with torch.no_grad(), skipping(model, anatomy, submodel.skipped()):
-        with _bridging(model, anatomy, runs, fitting, rows), streamed():
-            _run(model, input_ids)
+    with (
+        torch.no_grad(),
+        skipping(model, anatomy, submodel.skipped()),
+        _bridging(model, anatomy, runs, fitting, rows),
+        streamed(),
+    ):
+        _run(model, input_ids)
     return fitting.bridges
 
 
@@ -135,7 +139,11 @@ def _stub_of(layer: nn.Module, parts: LayerAnatomy, first: ComponentId) -> ZeroS
 
 def _gain(layer: nn.Module, parts: LayerAnatomy, kind: Kind) -> float:
     """What a layer multiplies a block's output with before it adds it to the residual stream."""
-    bare = copy.deepcopy(layer).to("meta").eval()
+    weightless: dict[int, Any] = {
+        id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
+        for p in layer.parameters()
+    }
+    bare = copy.deepcopy(layer, weightless).eval()
     stub_halves(bare, parts, frozenset(Kind), index=None)
     one = Bridge({"scale": torch.ones(1)})
     _stub_of(bare, parts, ComponentId(0, kind)).bridge = one
@@ -266,22 +274,24 @@ class _Fitting:
             seen: what the bridge is given, (num_sequences, seq_len, hidden_size).
             residual: what is added to; the same as `seen` unless a norm stands in between.
         """
-        target = self.states[run].to(residual.device)
-        bridge = self._bridge(run, seen, target - residual)
-        added = torch.cat([bridge.estimate(part) for part in seen.split(8)])
-        if not self.corrected:
-            return added
-        missed = target - residual - added
-        self.states[run].copy_(missed)
-        return added + missed
+        states = self.states[run]
+        bridge = self._bridge(run, seen, residual)
+        added = torch.empty_like(residual)
+        for row in range(len(seen)):  # a second copy of all hidden states would be the largest
+            added[row] = bridge.estimate(seen[row])
+            if self.corrected:
+                missed = states[row].to(residual.device) - residual[row] - added[row]
+                added[row] += missed
+                states[row].copy_(missed)
+        return added
 
-    def _bridge(self, run: int, seen: torch.Tensor, wanted: torch.Tensor) -> Bridge:
+    def _bridge(self, run: int, seen: torch.Tensor, residual: torch.Tensor) -> Bridge:
         if self.given is not None:
             self.bridges[run] = dict(self.given[run])
         elif self.kind is not BridgeKind.OFF:
             moments = Moments(seen.shape[-1])
-            for x, t in zip(seen.split(8), wanted.split(8), strict=True):
-                moments.add(x, t)
+            for x, target, reached in zip(seen, self.states[run], residual, strict=True):
+                moments.add(x, target.to(reached.device) - reached)
             self.bridges[run] = moments.solve(self.kind, rank=self.rank)
         tensors = self.bridges[run]
         return Bridge(tensors).to(seen.device) if tensors else Offset()
@@ -355,11 +365,11 @@ def _bridge_half(
             without, rest = in_turns(hidden, *args, **kwargs)
             # An ffn is the last to add to the stream; behind a dropped attention the ffn follows.
             residual = without if kind is Kind.FFN else hidden
-            added = fitting.settle(run, torch.cat(seen.inputs), residual)
+            added = fitting.settle(run, torch.cat(seen.inputs).view_as(hidden), residual)
             if kind is Kind.FFN:
                 output = without + added
             else:
-                stub.bridge = _Recital((added / gain).split(rows))
+                stub.bridge = _Recital(torch.split(added / gain, rows))
                 output, rest = in_turns(hidden, *args, **kwargs)
         finally:
             stub.bridge = None
@@ -387,5 +397,5 @@ class _Recital(nn.Module):
         super().__init__()
         self._parts = iter(parts)
 
-    def forward(self, _: torch.Tensor) -> torch.Tensor:
-        return next(self._parts)
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return next(self._parts).view_as(hidden)

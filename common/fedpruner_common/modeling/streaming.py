@@ -187,8 +187,8 @@ class _StreamedForward:
 
     def __init__(self, layer: nn.Module, weights: Weights) -> None:
         self._forward = layer.forward
+        self._layer = layer
         self.weights = weights
-        self._trained = [p for p in layer.parameters() if p.requires_grad]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs.pop("hidden_states")
@@ -202,8 +202,11 @@ class _StreamedForward:
             return result
 
         self_is_tuple = [False]
-        if torch.is_grad_enabled() and (self._trained or hidden.requires_grad):
-            out = _Recomputed.apply(run, self.weights, hidden, *self._trained)
+        # Asked each time: of an adapter, one factor may have been frozen since.
+        trained = [p for p in self._layer.parameters() if p.requires_grad]
+        if torch.is_grad_enabled() and (trained or hidden.requires_grad):
+            recomputed: Any = _Recomputed
+            out = recomputed.apply(run, self.weights, hidden, *trained)
         else:
             with self.weights.held():
                 out = run(hidden)

@@ -63,14 +63,16 @@ class PullTaskRequest(_message.Message):
     def __init__(self, client_id: _Optional[str] = ..., session: _Optional[str] = ..., wait_s: _Optional[float] = ...) -> None: ...
 
 class PullTaskReply(_message.Message):
-    __slots__ = ("task", "waiting", "finished")
+    __slots__ = ("task", "waiting", "finished", "probe")
     TASK_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
+    PROBE_FIELD_NUMBER: _ClassVar[int]
     task: Task
     waiting: str
     finished: str
-    def __init__(self, task: _Optional[_Union[Task, _Mapping]] = ..., waiting: _Optional[str] = ..., finished: _Optional[str] = ...) -> None: ...
+    probe: ProbeTask
+    def __init__(self, task: _Optional[_Union[Task, _Mapping]] = ..., waiting: _Optional[str] = ..., finished: _Optional[str] = ..., probe: _Optional[_Union[ProbeTask, _Mapping]] = ...) -> None: ...
 
 class Component(_message.Message):
     __slots__ = ("layer", "kind")
@@ -111,13 +113,13 @@ class LoraSettings(_message.Message):
     LORA_DROPOUT_FIELD_NUMBER: _ClassVar[int]
     TARGET_MODULES_FIELD_NUMBER: _ClassVar[int]
     r: int
-    lora_alpha: int
+    lora_alpha: float
     lora_dropout: float
     target_modules: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, r: _Optional[int] = ..., lora_alpha: _Optional[int] = ..., lora_dropout: _Optional[float] = ..., target_modules: _Optional[_Iterable[str]] = ...) -> None: ...
+    def __init__(self, r: _Optional[int] = ..., lora_alpha: _Optional[float] = ..., lora_dropout: _Optional[float] = ..., target_modules: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class TrainingSettings(_message.Message):
-    __slots__ = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "max_seq_length", "learning_rate", "weight_decay", "max_grad_norm", "gradient_checkpointing", "dtype", "seed")
+    __slots__ = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "max_seq_length", "learning_rate", "weight_decay", "max_grad_norm", "gradient_checkpointing", "dtype", "seed", "proximal_mu", "train_factor")
     PER_DEVICE_TRAIN_BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
     GRADIENT_ACCUMULATION_STEPS_FIELD_NUMBER: _ClassVar[int]
     MAX_STEPS_FIELD_NUMBER: _ClassVar[int]
@@ -128,6 +130,8 @@ class TrainingSettings(_message.Message):
     GRADIENT_CHECKPOINTING_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
+    PROXIMAL_MU_FIELD_NUMBER: _ClassVar[int]
+    TRAIN_FACTOR_FIELD_NUMBER: _ClassVar[int]
     per_device_train_batch_size: int
     gradient_accumulation_steps: int
     max_steps: int
@@ -138,10 +142,24 @@ class TrainingSettings(_message.Message):
     gradient_checkpointing: bool
     dtype: str
     seed: int
-    def __init__(self, per_device_train_batch_size: _Optional[int] = ..., gradient_accumulation_steps: _Optional[int] = ..., max_steps: _Optional[int] = ..., max_seq_length: _Optional[int] = ..., learning_rate: _Optional[float] = ..., weight_decay: _Optional[float] = ..., max_grad_norm: _Optional[float] = ..., gradient_checkpointing: bool = ..., dtype: _Optional[str] = ..., seed: _Optional[int] = ...) -> None: ...
+    proximal_mu: float
+    train_factor: str
+    def __init__(self, per_device_train_batch_size: _Optional[int] = ..., gradient_accumulation_steps: _Optional[int] = ..., max_steps: _Optional[int] = ..., max_seq_length: _Optional[int] = ..., learning_rate: _Optional[float] = ..., weight_decay: _Optional[float] = ..., max_grad_norm: _Optional[float] = ..., gradient_checkpointing: bool = ..., dtype: _Optional[str] = ..., seed: _Optional[int] = ..., proximal_mu: _Optional[float] = ..., train_factor: _Optional[str] = ...) -> None: ...
+
+class BridgeSettings(_message.Message):
+    __slots__ = ("kind", "rank", "local", "corrected")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    LOCAL_FIELD_NUMBER: _ClassVar[int]
+    CORRECTED_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    rank: int
+    local: bool
+    corrected: bool
+    def __init__(self, kind: _Optional[str] = ..., rank: _Optional[int] = ..., local: bool = ..., corrected: bool = ...) -> None: ...
 
 class Task(_message.Message):
-    __slots__ = ("task_id", "round", "num_layers", "components", "tensors", "files", "lora", "training", "predicted_peak_bytes")
+    __slots__ = ("task_id", "round", "num_layers", "components", "tensors", "files", "lora", "training", "predicted_peak_bytes", "bridge", "other_tensors", "bridge_file", "streamed")
     TASK_ID_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
@@ -151,6 +169,10 @@ class Task(_message.Message):
     LORA_FIELD_NUMBER: _ClassVar[int]
     TRAINING_FIELD_NUMBER: _ClassVar[int]
     PREDICTED_PEAK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    BRIDGE_FIELD_NUMBER: _ClassVar[int]
+    OTHER_TENSORS_FIELD_NUMBER: _ClassVar[int]
+    BRIDGE_FILE_FIELD_NUMBER: _ClassVar[int]
+    STREAMED_FIELD_NUMBER: _ClassVar[int]
     task_id: str
     round: int
     num_layers: int
@@ -160,7 +182,71 @@ class Task(_message.Message):
     lora: LoraSettings
     training: TrainingSettings
     predicted_peak_bytes: int
-    def __init__(self, task_id: _Optional[str] = ..., round: _Optional[int] = ..., num_layers: _Optional[int] = ..., components: _Optional[_Iterable[_Union[Component, _Mapping]]] = ..., tensors: _Optional[_Iterable[_Union[TensorInfo, _Mapping]]] = ..., files: _Optional[_Iterable[_Union[FileInfo, _Mapping]]] = ..., lora: _Optional[_Union[LoraSettings, _Mapping]] = ..., training: _Optional[_Union[TrainingSettings, _Mapping]] = ..., predicted_peak_bytes: _Optional[int] = ...) -> None: ...
+    bridge: BridgeSettings
+    other_tensors: _containers.RepeatedCompositeFieldContainer[TensorInfo]
+    bridge_file: FileInfo
+    streamed: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, task_id: _Optional[str] = ..., round: _Optional[int] = ..., num_layers: _Optional[int] = ..., components: _Optional[_Iterable[_Union[Component, _Mapping]]] = ..., tensors: _Optional[_Iterable[_Union[TensorInfo, _Mapping]]] = ..., files: _Optional[_Iterable[_Union[FileInfo, _Mapping]]] = ..., lora: _Optional[_Union[LoraSettings, _Mapping]] = ..., training: _Optional[_Union[TrainingSettings, _Mapping]] = ..., predicted_peak_bytes: _Optional[int] = ..., bridge: _Optional[_Union[BridgeSettings, _Mapping]] = ..., other_tensors: _Optional[_Iterable[_Union[TensorInfo, _Mapping]]] = ..., bridge_file: _Optional[_Union[FileInfo, _Mapping]] = ..., streamed: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class ProbeTask(_message.Message):
+    __slots__ = ("task_id", "num_layers", "tensors", "files", "lora", "granularity", "score", "num_sequences", "max_seq_length", "dtype", "seed")
+    TASK_ID_FIELD_NUMBER: _ClassVar[int]
+    NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    FILES_FIELD_NUMBER: _ClassVar[int]
+    LORA_FIELD_NUMBER: _ClassVar[int]
+    GRANULARITY_FIELD_NUMBER: _ClassVar[int]
+    SCORE_FIELD_NUMBER: _ClassVar[int]
+    NUM_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    MAX_SEQ_LENGTH_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    task_id: str
+    num_layers: int
+    tensors: _containers.RepeatedCompositeFieldContainer[TensorInfo]
+    files: _containers.RepeatedCompositeFieldContainer[FileInfo]
+    lora: LoraSettings
+    granularity: str
+    score: str
+    num_sequences: int
+    max_seq_length: int
+    dtype: str
+    seed: int
+    def __init__(self, task_id: _Optional[str] = ..., num_layers: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorInfo, _Mapping]]] = ..., files: _Optional[_Iterable[_Union[FileInfo, _Mapping]]] = ..., lora: _Optional[_Union[LoraSettings, _Mapping]] = ..., granularity: _Optional[str] = ..., score: _Optional[str] = ..., num_sequences: _Optional[int] = ..., max_seq_length: _Optional[int] = ..., dtype: _Optional[str] = ..., seed: _Optional[int] = ...) -> None: ...
+
+class FamilyStatistics(_message.Message):
+    __slots__ = ("family", "similarity", "importance")
+    FAMILY_FIELD_NUMBER: _ClassVar[int]
+    SIMILARITY_FIELD_NUMBER: _ClassVar[int]
+    IMPORTANCE_FIELD_NUMBER: _ClassVar[int]
+    family: str
+    similarity: _containers.RepeatedScalarFieldContainer[float]
+    importance: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, family: _Optional[str] = ..., similarity: _Optional[_Iterable[float]] = ..., importance: _Optional[_Iterable[float]] = ...) -> None: ...
+
+class PushStatisticsRequest(_message.Message):
+    __slots__ = ("client_id", "session", "task_id", "families", "num_tokens", "seconds", "bytes_read", "loss")
+    CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    TASK_ID_FIELD_NUMBER: _ClassVar[int]
+    FAMILIES_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_READ_FIELD_NUMBER: _ClassVar[int]
+    LOSS_FIELD_NUMBER: _ClassVar[int]
+    client_id: str
+    session: str
+    task_id: str
+    families: _containers.RepeatedCompositeFieldContainer[FamilyStatistics]
+    num_tokens: int
+    seconds: float
+    bytes_read: int
+    loss: float
+    def __init__(self, client_id: _Optional[str] = ..., session: _Optional[str] = ..., task_id: _Optional[str] = ..., families: _Optional[_Iterable[_Union[FamilyStatistics, _Mapping]]] = ..., num_tokens: _Optional[int] = ..., seconds: _Optional[float] = ..., bytes_read: _Optional[int] = ..., loss: _Optional[float] = ...) -> None: ...
+
+class PushStatisticsReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class BlobRange(_message.Message):
     __slots__ = ("hash", "offset")

@@ -64,6 +64,11 @@ class FederationStub(object):
                 request_serializer=fedpruner__common_dot_pb_dot_federation__pb2.PushUpdateRequest.SerializeToString,
                 response_deserializer=fedpruner__common_dot_pb_dot_federation__pb2.PushUpdateReply.FromString,
                 _registered_method=True)
+        self.PushStatistics = channel.unary_unary(
+                '/fedpruner.v1.Federation/PushStatistics',
+                request_serializer=fedpruner__common_dot_pb_dot_federation__pb2.PushStatisticsRequest.SerializeToString,
+                response_deserializer=fedpruner__common_dot_pb_dot_federation__pb2.PushStatisticsReply.FromString,
+                _registered_method=True)
         self.ReportFailure = channel.unary_unary(
                 '/fedpruner.v1.Federation/ReportFailure',
                 request_serializer=fedpruner__common_dot_pb_dot_federation__pb2.ReportFailureRequest.SerializeToString,
@@ -116,6 +121,13 @@ class FederationServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PushStatistics(self, request, context):
+        """What a probe found out about the layers on the device's own text. A few kilobytes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ReportFailure(self, request, context):
         """The device could not do its task and says why; the round goes on without it.
         """
@@ -155,6 +167,11 @@ def add_FederationServicer_to_server(servicer, server):
                     servicer.PushUpdate,
                     request_deserializer=fedpruner__common_dot_pb_dot_federation__pb2.PushUpdateRequest.FromString,
                     response_serializer=fedpruner__common_dot_pb_dot_federation__pb2.PushUpdateReply.SerializeToString,
+            ),
+            'PushStatistics': grpc.unary_unary_rpc_method_handler(
+                    servicer.PushStatistics,
+                    request_deserializer=fedpruner__common_dot_pb_dot_federation__pb2.PushStatisticsRequest.FromString,
+                    response_serializer=fedpruner__common_dot_pb_dot_federation__pb2.PushStatisticsReply.SerializeToString,
             ),
             'ReportFailure': grpc.unary_unary_rpc_method_handler(
                     servicer.ReportFailure,
@@ -324,6 +341,33 @@ class Federation(object):
             '/fedpruner.v1.Federation/PushUpdate',
             fedpruner__common_dot_pb_dot_federation__pb2.PushUpdateRequest.SerializeToString,
             fedpruner__common_dot_pb_dot_federation__pb2.PushUpdateReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PushStatistics(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedpruner.v1.Federation/PushStatistics',
+            fedpruner__common_dot_pb_dot_federation__pb2.PushStatisticsRequest.SerializeToString,
+            fedpruner__common_dot_pb_dot_federation__pb2.PushStatisticsReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,12 +1,13 @@
 """Is this update acceptable?"""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from fedpruner_common.errors import InvalidUpdate
 from fedpruner_common.manifest import TensorInfo
+from fedpruner_common.statistics import Family, Statistics
 from fedpruner_common.task import UpdateMetrics
 from fedpruner_server.core.aggregation import Adapter
 
@@ -67,3 +68,21 @@ def check_values(tensors: Adapter) -> None:
     for name, values in tensors.items():
         if not np.isfinite(values).all():
             raise InvalidUpdate(f"tensor {name} has values that are not finite")
+
+
+def check_statistics(statistics: Statistics, families: Sequence[Family], num_layers: int) -> None:
+    """Refuse statistics of a device that are not of the asked families, or make no sense.
+
+    Raises:
+        InvalidUpdate: what is wrong.
+    """
+    if set(statistics.families) != set(families):
+        raise InvalidUpdate("the statistics are not of the families that were asked for")
+    for family, found in statistics.families.items():
+        similarity, importance = found.similarity, np.asarray(found.importance)
+        if similarity.shape != (num_layers, num_layers) or importance.shape != (num_layers,):
+            raise InvalidUpdate(f"the {family.value} statistics are not of {num_layers} layers")
+        if not (np.isfinite(similarity).all() and np.isfinite(importance).all()):
+            raise InvalidUpdate(f"the {family.value} statistics are not finite")
+        if np.abs(similarity).max() > 1 + 1e-3:
+            raise InvalidUpdate(f"a {family.value} similarity lies outside [0, 1]")

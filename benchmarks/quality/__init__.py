@@ -1,0 +1,1 @@
+"""What each method is worth: a grid of simulated runs, their statistics, and a page of results."""

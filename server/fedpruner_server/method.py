@@ -1,0 +1,259 @@
+"""The settings as the method's parts want them, and a client's task from its plan.
+
+The coordinator and `fedpruner simulate` both go through here: what is simulated is what runs.
+"""
+
+from collections.abc import Iterable, Mapping, Set
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from fedpruner_common.budget import bridge_bytes_per_run
+from fedpruner_common.components import ComponentId, all_components
+from fedpruner_common.manifest import FileInfo, TensorInfo
+from fedpruner_common.spec import ModelSpec
+from fedpruner_common.statistics import FamilyStatistics, Statistics, smoothed
+from fedpruner_common.submodel import Submodel
+from fedpruner_common.task import (
+    NO_BRIDGE,
+    BridgeKind,
+    BridgeSettings,
+    LoraSettings,
+    ProbeTask,
+    Task,
+    TrainingSettings,
+)
+from fedpruner_server.config import ServerSettings
+from fedpruner_server.core.aggregation import AggregationSettings, trained_factor
+from fedpruner_server.core.planning import ClientPlan, PlanSettings
+from fedpruner_server.core.schedule import learning_rate
+
+
+def bridge_settings(settings: ServerSettings) -> BridgeSettings:
+    """How dropped runs are bridged."""
+    plan = settings.plan
+    return BridgeSettings(
+        kind=plan.bridge,
+        rank=plan.bridge_rank if plan.bridge is BridgeKind.LOWRANK else 0,
+        local=plan.bridge is not BridgeKind.OFF and plan.bridge_data == "local",
+        corrected=plan.correction,
+    )
+
+
+def plan_settings(settings: ServerSettings, spec: ModelSpec | None) -> PlanSettings:
+    """How submodels are chosen; without a model's facts, the bridges are not counted."""
+    plan, bridge = settings.plan, bridge_settings(settings)
+    return PlanSettings(
+        granularity=plan.granularity,
+        sample=plan.selection == "sample",
+        protect=plan.protect,
+        margin=plan.margin,
+        seed=settings.run.seed,
+        policy=plan.policy,
+        grouping=plan.grouping,
+        temperature=plan.temperature,
+        floor=plan.floor,
+        joint=plan.joint,
+        coverage=plan.coverage,
+        coverage_kappa=plan.coverage_kappa,
+        coverage_rounds=plan.coverage_rounds,
+        bridge_bytes_per_run=bridge_bytes_per_run(spec.memory, bridge) if spec else 0,
+        bridge=bridge,
+        streaming=plan.streaming,
+    )
+
+
+def aggregation_settings(settings: ServerSettings) -> AggregationSettings:
+    """How updates become the next adapter."""
+    return AggregationSettings(**settings.aggregation.model_dump())
+
+
+def statistics_due(
+    settings: ServerSettings, number: int, *, measured: int | None, drift: float
+) -> bool:
+    """Whether the layers are to be measured before a round.
+
+    Args:
+        settings: of the run.
+        number: of the round.
+        measured: round before which they were last measured; None for never.
+        drift: relative change of the adapter since then.
+    """
+    if measured is None:
+        return True
+    every = settings.plan.statistics_every
+    if not every or measured >= number:
+        return False
+    return number - measured >= every or drift > settings.plan.statistics_drift
+
+
+def ages(
+    held: Mapping[int, Set[ComponentId]], num_layers: int, *, before: int
+) -> dict[ComponentId, int]:
+    """Rounds since each component was last part of a new adapter; from the start if never.
+
+    Args:
+        held: number of a round that brought an adapter -> components that somebody trained.
+        num_layers: of the model.
+        before: the round that is being planned.
+    """
+    last = dict.fromkeys(all_components(num_layers), 0)
+    for number, components in sorted(held.items()):
+        last.update(dict.fromkeys(components, number))
+    return {component: before - 1 - number for component, number in last.items()}
+
+
+@dataclass(frozen=True)
+class TaskPlan:
+    """What the journal keeps of a client's plan, and what its task is made of.
+
+    Attributes:
+        components: of the submodel.
+        predicted_peak_bytes: what training them costs.
+        bridge: on this device.
+        bridge_file: bridges that the coordinator fitted.
+        streamed: kept layers that are in memory only while they work.
+    """
+
+    components: tuple[ComponentId, ...]
+    predicted_peak_bytes: int
+    bridge: BridgeSettings = NO_BRIDGE
+    bridge_file: FileInfo | None = None
+    streamed: tuple[int, ...] = ()
+
+
+def make_task(
+    settings: ServerSettings,
+    spec: ModelSpec,
+    plan: TaskPlan,
+    *,
+    task_id: str,
+    number: int,
+    tensors: Mapping[str, TensorInfo],
+    files: Iterable[FileInfo],
+) -> Task:
+    """The task of a client in a round.
+
+    Args:
+        settings: of the run.
+        spec: of the base model.
+        plan: of the client.
+        task_id: of the task.
+        number: of the round.
+        tensors: every tensor of the base model, by name.
+        files: its config and tokenizer.
+    """
+    submodel = Submodel.of(spec.num_layers, plan.components)
+    own = spec.tensor_names(submodel)
+    sweeps = plan.bridge.sweeps and not submodel.is_full
+    others = sorted(set(spec.tensor_names(spec.full())) - set(own)) if sweeps else []
+    return Task(
+        task_id=task_id,
+        round=number,
+        submodel=submodel,
+        tensors=tuple(tensors[name] for name in own),
+        files=tuple(files),
+        lora=lora_settings(settings, spec, submodel.components),
+        training=training_settings(settings, number),
+        predicted_peak_bytes=plan.predicted_peak_bytes,
+        bridge=plan.bridge,
+        other_tensors=tuple(tensors[name] for name in others),
+        bridge_file=plan.bridge_file,
+        streamed=plan.streamed,
+    )
+
+
+def task_plan(plan: ClientPlan, bridge_file: FileInfo | None) -> TaskPlan:
+    """What is kept of a client's plan."""
+    return TaskPlan(
+        components=plan.submodel.components,
+        predicted_peak_bytes=plan.predicted_peak_bytes,
+        bridge=plan.bridge,
+        bridge_file=bridge_file,
+        streamed=plan.streamed,
+    )
+
+
+def make_probe(
+    settings: ServerSettings,
+    spec: ModelSpec,
+    *,
+    number: int,
+    tensors: Mapping[str, TensorInfo],
+    files: Iterable[FileInfo],
+) -> ProbeTask:
+    """What devices are asked about the layers before a round; without a task id."""
+    full = spec.full()
+    return ProbeTask(
+        task_id="",
+        num_layers=spec.num_layers,
+        tensors=tuple(tensors[name] for name in spec.tensor_names(full)),
+        files=tuple(files),
+        lora=lora_settings(settings, spec, full.components),
+        granularity=settings.plan.granularity.value,
+        score=settings.plan.importance.value,
+        num_sequences=settings.data.num_calibration_sequences,
+        max_seq_length=settings.training.max_seq_length,
+        dtype=settings.training.dtype,
+        seed=settings.run.seed * 1_000_003 + number,
+    )
+
+
+def as_sent(statistics: Statistics) -> Statistics:
+    """A device's statistics in the precision of the wire, float32."""
+
+    def rounded(family: FamilyStatistics) -> FamilyStatistics:
+        similarity = family.similarity.astype(np.float32).astype(np.float64)
+        importance = np.asarray(family.importance, dtype=np.float32).astype(np.float64)
+        return FamilyStatistics(similarity, tuple(importance.tolist()))
+
+    return replace(statistics, families={f: rounded(v) for f, v in statistics.families.items()})
+
+
+def mixed(
+    settings: ServerSettings, old: Mapping[str, Statistics], new: Mapping[str, Statistics]
+) -> dict[str, Statistics]:
+    """New statistics by source, smoothed with what was known of the same source."""
+    found = dict(old)
+    for source, statistics in new.items():
+        before = old.get(source)
+        if before is None or settings.plan.statistics == "device":
+            found[source] = statistics
+        else:
+            found[source] = smoothed(before, statistics)
+    return found
+
+
+def adapter_components(spec: ModelSpec, plan: TaskPlan) -> tuple[ComponentId, ...]:
+    """Components whose part of the adapter a task needs: all of them for a sweep."""
+    submodel = Submodel.of(spec.num_layers, plan.components)
+    return spec.full().components if plan.bridge.sweeps else submodel.components
+
+
+def lora_settings(
+    settings: ServerSettings, spec: ModelSpec, components: Iterable[ComponentId]
+) -> LoraSettings:
+    """LoRA on these components."""
+    return LoraSettings(
+        r=settings.lora.r,
+        lora_alpha=settings.lora.lora_alpha,
+        lora_dropout=settings.lora.lora_dropout,
+        target_modules=tuple(t.module for t in spec.targets(components)),
+    )
+
+
+def training_settings(settings: ServerSettings, number: int) -> TrainingSettings:
+    """What every device does in a round."""
+    training = settings.training
+    factor = trained_factor(settings.aggregation.method, number)
+    return TrainingSettings(
+        learning_rate=learning_rate(
+            training.learning_rate,
+            round_number=number,
+            num_rounds=settings.run.num_rounds,
+            kind=training.lr_scheduler_type,
+        ),
+        seed=settings.run.seed * 1_000_003 + number,
+        train_factor=factor.value,
+        **training.model_dump(exclude={"learning_rate", "lr_scheduler_type"}),
+    )
