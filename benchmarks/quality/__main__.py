@@ -8,8 +8,9 @@ run again, so the grid may be stopped and started at any time, and several proce
 import argparse
 import fcntl
 import json
-import multiprocessing
 import os
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -30,15 +31,14 @@ Record = dict[str, Any]
 
 def main() -> None:
     arguments = _arguments()
-    os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")
-    context = multiprocessing.get_context("spawn")
-    workers = [
-        context.Process(target=_work, args=(arguments, index)) for index in range(arguments.jobs)
-    ]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    if arguments.jobs == 1:
+        _work(arguments)
+        return
+    one = [sys.executable, "-m", "benchmarks.quality", *sys.argv[1:], "--jobs", "1"]
+    # Threads that spin while they wait cost more than they bring beside another run.
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    workers = [subprocess.Popen(one, env=env, cwd=ROOT) for _ in range(arguments.jobs)]
+    sys.exit(max(worker.wait() for worker in workers))
 
 
 def _arguments() -> argparse.Namespace:
@@ -66,16 +66,19 @@ def _cells(arguments: argparse.Namespace, records: list[Record]) -> Iterator[Cel
     first = arguments.first_seed
     in_mod = {name: MAIN[name] for name in MAIN if name not in NOT_IN_MOD}
     in_sev = {name: MAIN[name] for name in MAIN if name != "exclusive"}  # nobody takes part
-    blocks = [("sev", in_sev), ("mod", in_mod), ("sev", {**ABLATIONS, **BRIDGES})]
-    for budgets, methods in blocks:
-        for seed in range(first, first + arguments.seeds):
-            for name, method in methods.items():
-                rate = rates.get(method.tuned_as or name)
-                if name in wanted and rate is not None:
-                    yield Cell(name, budgets, seed, rate)
+    seeds = range(first, first + arguments.seeds)
+    rest = [("mod", in_mod), ("sev", ABLATIONS), ("sev", BRIDGES)]
+    for seed, budgets, methods in [
+        *((seed, "sev", in_sev) for seed in seeds),
+        *((seed, budgets, methods) for seed in seeds for budgets, methods in rest),
+    ]:
+        for name, method in methods.items():
+            rate = rates.get(method.tuned_as or name)
+            if name in wanted and rate is not None:
+                yield Cell(name, budgets, seed, rate)
 
 
-def _work(arguments: argparse.Namespace, index: int) -> None:
+def _work(arguments: argparse.Namespace) -> None:
     """Take one missing run after another."""
     ends = time.monotonic() + 60 * arguments.minutes
     folder = Path(tempfile.mkdtemp(prefix="fedpruner-quality-"))
@@ -89,7 +92,7 @@ def _work(arguments: argparse.Namespace, index: int) -> None:
         cell = _next(arguments, path)
         if cell is None:
             return
-        record = run_cell(cell, shape, domain, folder / f"run-{index}")
+        record = run_cell(cell, shape, domain, folder / "run")
         with path.open("a") as file:
             file.write(json.dumps(record) + "\n")
         print(

@@ -52,7 +52,10 @@ MAIN: dict[str, Method] = {
 }
 
 # With large devices in the fleet, these say no more than with small ones only.
-NOT_IN_MOD = ("last", "even", "random-groups", "paper-plus", "hetlora", "flexlora", "streamed")
+NOT_IN_MOD = (
+    "last", "even", "random-groups", "paper-plus", "hetlora", "flexlora", "streamed",
+    "default-plus",
+)  # fmt: skip
 
 # One option of the default changed at a time.
 ABLATIONS: dict[str, Method] = {

@@ -4,6 +4,7 @@ It fits the bridges on the device's own text, or notes what they miss on every t
 batches, or both; see `fedpruner_common.modeling.fitting`. What is noted is on disk.
 """
 
+import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -12,13 +13,14 @@ from typing import Any
 import torch
 
 from fedpruner_client.model import MappedModel, Skeleton
-from fedpruner_common.errors import ModelError
+from fedpruner_common.errors import ModelError, StorageError
 from fedpruner_common.modeling.bridges import Bridge
 from fedpruner_common.modeling.data import Batch
 from fedpruner_common.modeling.fitting import Tensors, bridge_runs
 from fedpruner_common.modeling.streaming import streaming
 from fedpruner_common.submodel import Submodel
 from fedpruner_common.task import BridgeSettings
+from fedpruner_common.units import format_bytes
 
 
 class Corrections:
@@ -132,11 +134,24 @@ def _state_file(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> torch
     """A tensor that is a shared mapping of a new file: its pages go to disk, not to memory.
 
     The file has no name any more: it is gone with the tensor, however the process ends.
+
+    Raises:
+        StorageError: the disk is full.
     """
     path.unlink(missing_ok=True)
     count = 1
     for size in shape:
         count *= size
+    num_bytes = count * dtype.itemsize
+    try:
+        with path.open("wb") as file:  # written to past a full disk, a mapping kills the process
+            os.posix_fallocate(file.fileno(), 0, num_bytes)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise StorageError(
+            f"no room for {format_bytes(num_bytes)} of hidden states in {path.parent}: {error}. "
+            "Free some, or turn plan.correction off"
+        ) from error
     flat: Any = torch.from_file(str(path), shared=True, size=count, dtype=dtype)
     path.unlink()
     tensor: torch.Tensor = flat.view(shape)

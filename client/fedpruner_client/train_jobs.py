@@ -110,6 +110,7 @@ def _probe(arguments: Json, _: Progress) -> Json:
             max_seq_length=arguments["max_seq_length"],
             dtype=arguments["dtype"],
             seed=arguments["seed"],
+            rms_rows=arguments["rms_rows"],
             data=tuple(Path(path) for path in arguments["data"]),
         )
     )

@@ -116,6 +116,7 @@ class Trainer:
             "max_seq_length": task.max_seq_length,
             "dtype": task.dtype,
             "seed": task.seed,
+            "rms_rows": task.rms_rows,
             "adapter": str(self.adapter_path()),
             "data": [str(path) for path in self._settings.data],
             "device": self._settings.device,

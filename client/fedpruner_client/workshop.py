@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from blake3 import blake3
 from transformers import PreTrainedTokenizerBase
 
 from fedpruner_client.memory import PeakMeter
@@ -55,6 +56,7 @@ from fedpruner_common.task import (
 OnStep = Callable[[int, float], None]
 
 _PROBE_ROWS = 4
+_TOKENIZER_SUFFIXES = (".json", ".jinja", ".model", ".txt")
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,7 @@ class ProbeWork:
     max_seq_length: int
     dtype: str
     seed: int
+    rms_rows: bool
     data: tuple[Path, ...]
 
 
@@ -113,8 +116,8 @@ class Workshop:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._skeletons: dict[bytes, Skeleton] = {}
-        self._tokenizers: dict[bytes, PreTrainedTokenizerBase] = {}
+        self._skeletons: dict[str, Skeleton] = {}
+        self._tokenizers: dict[str, PreTrainedTokenizerBase] = {}
         self._texts: dict[Any, list[TokenSequence]] = {}
 
     def do(self, work: Work, on_step: OnStep) -> UpdateMetrics:
@@ -151,7 +154,7 @@ class Workshop:
         )
 
     def _skeleton(self, config_dir: Path) -> Skeleton:
-        key = (config_dir / "config.json").read_bytes()
+        key = _digest([config_dir / "config.json"])
         if key not in self._skeletons:
             self._skeletons[key] = Skeleton.read(config_dir)
         return self._skeletons[key]
@@ -159,8 +162,7 @@ class Workshop:
     def _text(
         self, config_dir: Path, data: tuple[Path, ...], max_seq_length: int
     ) -> tuple[PreTrainedTokenizerBase, list[TokenSequence]]:
-        files = sorted(path for path in config_dir.iterdir() if path.suffix == ".json")
-        which = b"".join(path.name.encode() + path.read_bytes() for path in files)
+        which = _digest(path for path in config_dir.iterdir() if path.suffix in _TOKENIZER_SUFFIXES)
         if which not in self._tokenizers:
             self._tokenizers[which] = load_tokenizer(config_dir)
         tokenizer = self._tokenizers[which]
@@ -208,6 +210,7 @@ class Workshop:
                 families=work.granularity.families,
                 score=work.score,
                 rng=rng,
+                rms_rows=work.rms_rows,
             )
 
     def _given(self, work: Work, skeleton: Skeleton) -> list[Tensors] | None:
@@ -314,3 +317,12 @@ def _stamps(paths: Iterable[Path]) -> tuple[tuple[str, int, int], ...]:
 
 def _order(work: Work) -> str:
     return f"{work.client_id} {work.training.seed}"
+
+
+def _digest(paths: Iterable[Path]) -> str:
+    """Of names and contents of some files."""
+    digest = blake3()
+    for path in sorted(paths):
+        digest.update(path.name.encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -121,6 +121,7 @@ def probe_to_pb(probe: ProbeTask) -> pb.ProbeTask:
         max_seq_length=probe.max_seq_length,
         dtype=probe.dtype,
         seed=probe.seed,
+        rms_rows=probe.rms_rows,
     )
 
 
@@ -143,6 +144,7 @@ def probe_from_pb(message: pb.ProbeTask) -> ProbeTask:
             max_seq_length=message.max_seq_length,
             dtype=message.dtype,
             seed=message.seed,
+            rms_rows=message.rms_rows,
         )
     except ValueError as error:
         raise FedPrunerError(

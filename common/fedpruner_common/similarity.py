@@ -10,19 +10,21 @@ from numpy.typing import NDArray
 Matrix = NDArray[np.float64]
 
 
-def gram(features: NDArray[np.floating]) -> Matrix:
+def gram(features: NDArray[np.floating], *, rms_rows: bool = True) -> Matrix:
     """Gram matrix of one layer's outputs, rows scaled to unit root mean square.
 
     Without the scaling a few tokens with massive activations decide the similarity.
 
     Args:
         features: (num_tokens, hidden_size).
+        rms_rows: whether to scale them.
 
     Returns:
         (num_tokens, num_tokens), float64.
     """
     x = features.astype(np.float64)
-    x /= np.sqrt((x * x).mean(axis=1, keepdims=True) + 1e-6)
+    if rms_rows:
+        x /= np.sqrt((x * x).mean(axis=1, keepdims=True) + 1e-6)
     product: Matrix = x @ x.T
     return product
 

@@ -136,6 +136,7 @@ class ProbeTask:
         max_seq_length: tokens per sequence.
         dtype: to compute with, as in `TrainingSettings`.
         seed: of which sequences and tokens are taken.
+        rms_rows: scale tokens alike before CKA.
     """
 
     task_id: str
@@ -149,6 +150,7 @@ class ProbeTask:
     max_seq_length: int
     dtype: str
     seed: int
+    rms_rows: bool = True
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,10 @@ def run(
         str | None,
         _option("listen", "Address, 127.0.0.1:9092 if not given; port 0 takes a free one."),
     ] = None,
+    profile: Annotated[
+        str | None,
+        _option("profile", "default, paper, or a baseline to compare with; see docs/method.md."),
+    ] = None,
     num_rounds: Annotated[int | None, _option("run.num_rounds", "Rounds of the run.")] = None,
     min_available_clients: Annotated[
         int | None, _option("run.min_available_clients", "Devices to wait for before a round.")
@@ -90,6 +94,7 @@ def run(
         "data.calibration": calibration_data,
         "state_dir": state_dir,
         "listen": listen,
+        "profile": profile,
         "run.num_rounds": num_rounds,
         "run.min_available_clients": min_available_clients,
         "training.learning_rate": learning_rate,

@@ -196,6 +196,7 @@ def make_probe(
         max_seq_length=settings.training.max_seq_length,
         dtype=settings.training.dtype,
         seed=settings.run.seed * 1_000_003 + number,
+        rms_rows=settings.plan.rms_rows,
     )
 
 

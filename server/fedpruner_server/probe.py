@@ -44,6 +44,7 @@ def probe(
     num_sequences: int,
     seed: int,
     adapter_dir: Path | None = None,
+    rms_rows: bool = True,
 ) -> Statistics:
     """CKA and importance of every layer's items.
 
@@ -56,6 +57,7 @@ def probe(
         num_sequences: how many of them to use.
         seed: of which sequences and tokens are taken.
         adapter_dir: exported adapter to apply; None for the base model.
+        rms_rows: scale tokens alike before CKA.
 
     Raises:
         DataError, ModelError: a file, the model or the adapter cannot be used.
@@ -77,6 +79,7 @@ def probe(
             score=wanted,
             rng=np.random.default_rng(seed),
             source="public",
+            rms_rows=rms_rows,
         )
 
 

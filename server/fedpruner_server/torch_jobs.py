@@ -56,6 +56,7 @@ def _probe(arguments: Json, _: Progress) -> Json:
         max_seq_length=arguments["max_seq_length"],
         num_sequences=arguments["num_sequences"],
         seed=arguments["seed"],
+        rms_rows=arguments["rms_rows"],
         adapter_dir=Path(arguments["adapter"]) if arguments["adapter"] else None,
     )
     return statistics_to_json(statistics)

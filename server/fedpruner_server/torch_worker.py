@@ -85,6 +85,7 @@ class TorchWorker:
             "max_seq_length": settings.training.max_seq_length,
             "num_sequences": settings.data.num_calibration_sequences,
             "seed": settings.run.seed,
+            "rms_rows": settings.plan.rms_rows,
             "adapter": str(adapter_dir) if adapter_dir else None,
         }
         if adapter_dir is None:

@@ -361,6 +361,7 @@ class Simulation:
                 num_sequences=settings.data.num_calibration_sequences,
                 seed=settings.run.seed,
                 adapter_dir=self._adapter_dir() if number > 1 else None,
+                rms_rows=settings.plan.rms_rows,
             )
             return {"public": statistics}
         found = {name: self._probe_device(number, name) for name in cohort}
@@ -392,6 +393,7 @@ class Simulation:
                 max_seq_length=task.max_seq_length,
                 dtype=task.dtype,
                 seed=task.seed,
+                rms_rows=task.rms_rows,
                 data=self._data[name],
             )
         )

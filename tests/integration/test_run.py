@@ -74,8 +74,9 @@ def floor_of(address: str) -> int:
     return next(d["floor_bytes"] for d in ask("devices", address)["devices"])
 
 
+@pytest.mark.parametrize("correction", [True, False])
 def test_two_unequal_devices_train_one_model(
-    start: Start, tmp_path: Path, small_model: Path, texts: dict[str, Path]
+    start: Start, tmp_path: Path, small_model: Path, texts: dict[str, Path], *, correction: bool
 ) -> None:
     # Batch and sequence large enough that a layer is more than the floor's own variation.
     config = server_config(
@@ -84,6 +85,7 @@ def test_two_unequal_devices_train_one_model(
         texts,
         training={"per_device_train_batch_size": 16, "max_seq_length": 256},
         run={"lease_s": 60},
+        plan={"correction": correction},
     )
     server = start_server(start, tmp_path, config)
     address = address_of(server)
@@ -134,13 +136,15 @@ def test_two_unequal_devices_train_one_model(
     assert [r["base_bytes_down"] > 0 for r in of_big] == [True, False, False]
     for row in of_small[1:]:
         # r=4; a layer: q 32+32, k 32+16, v 32+16, o 32+32, gate 32+64, up 32+64, down 64+32
-        # = 512 rows and columns, 4 bytes each: 8,192 B; two layers 16,384 B and a small header.
-        assert 16_384 < row["adapter_bytes_down"] < 16_384 + 6_000
+        # = 512 rows and columns, 4 bytes each: 8,192 B a layer. Up go the two layers that train;
+        # down as well, or the adapter of all four if the device sweeps the full model.
+        num_down = 4 if correction else 2
+        assert num_down * 8_192 < row["adapter_bytes_down"] < num_down * (8_192 + 3_000)
         assert 16_384 < row["bytes_up"] < 16_384 + 6_000
 
-    # The device never held what it was not sent.
+    # The device never held what it was not sent: all layers only if it sweeps them.
     blocks = BlockStore(small_model, hash_cache=tmp_path / "hashes.json")
-    kept = {str(layer) for layer in (0, 3)}
+    kept = {str(layer) for layer in (range(NUM_LAYERS) if correction else (0, 3))}
     allowed = {
         info.hash
         for name, info in blocks.tensors.items()

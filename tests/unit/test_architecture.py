@@ -13,6 +13,7 @@ PACKAGES = [
     ROOT / "common" / "fedpruner_common",
     ROOT / "server" / "fedpruner_server",
     ROOT / "client" / "fedpruner_client",
+    ROOT / "simulate" / "fedpruner_simulate",
 ]
 TORCH = ("torch", "transformers", "peft", "accelerate")
 TORCH_HOMES = (
@@ -31,6 +32,7 @@ TORCH_HOMES = (
     "fedpruner_client.train",
     "fedpruner_client.memory",
     "fedpruner_client.train_jobs",
+    "fedpruner_simulate.simulation",
 )
 PB = ("fedpruner_common.pb",)
 PB_HOMES = (
@@ -69,12 +71,14 @@ CORE_MAY = (
     "fedpruner_common.units",
 )
 # (whose imports, what they may not name, who is excepted)
+EVERYONE = ("fedpruner_common", "fedpruner_server", "fedpruner_client", "fedpruner_simulate")
 FORBIDDEN = [
+    (("fedpruner_common", "fedpruner_server", "fedpruner_client"), ("fedpruner_simulate",), ()),
     (("fedpruner_common",), ("fedpruner_server", "fedpruner_client"), ()),
     (("fedpruner_server",), ("fedpruner_client",), ()),
     (("fedpruner_client",), ("fedpruner_server",), ()),
-    (("fedpruner_common", "fedpruner_server", "fedpruner_client"), TORCH, TORCH_HOMES),
-    (("fedpruner_common", "fedpruner_server", "fedpruner_client"), PB, PB_HOMES),
+    (EVERYONE, TORCH, TORCH_HOMES),
+    (EVERYONE, PB, PB_HOMES),
 ]
 
 

@@ -179,6 +179,20 @@ def demo(
         raise typer.Exit(run_demo(options))
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+)
+def simulate(context: typer.Context) -> None:
+    """Many virtual devices in one process; `fedpruner simulate --help` tells more."""
+    import os
+    import sys
+
+    # A program of its own: it needs both the coordinator's and the agent's parts.
+    arguments = [sys.executable, "-m", "fedpruner_simulate", *context.args]
+    os.execv(sys.executable, arguments)
+
+
 @app.command()
 def version() -> None:
     """Print the version."""

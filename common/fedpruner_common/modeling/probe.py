@@ -40,6 +40,7 @@ def probe(
     score: Score,
     rng: np.random.Generator,
     source: str = "device",
+    rms_rows: bool = True,
     stream_bytes: int = _STREAM_BYTES,
 ) -> Statistics:
     """CKA and importance of every layer's items.
@@ -56,6 +57,7 @@ def probe(
         score: which importance.
         rng: chooses the tokens that enter the Gram matrices.
         source: for `Statistics.source`.
+        rms_rows: scale tokens alike before CKA.
         stream_bytes: of hidden states that may be held at a time; batches that need no more share
             a sweep. One batch is always held: (1 + items) x tokens x hidden size.
 
@@ -67,7 +69,7 @@ def probe(
     was_training = model.training
     model.eval()
     try:
-        observer = _Observer(len(anatomy), families, batches, rng)
+        observer = _Observer(len(anatomy), families, batches, rng, rms_rows)
         items = _items(families, len(anatomy)) if score is Score.LOO else []
         losses = sweep(
             model, anatomy, batches, items=items, observer=observer, stream_bytes=stream_bytes
@@ -175,8 +177,10 @@ class _Observer:
         families: Sequence[Family],
         batches: Sequence[Batch],
         rng: np.random.Generator,
+        rms_rows: bool,
     ) -> None:
         self._num_layers = num_layers
+        self._rms_rows = rms_rows
         self._chosen = [_choose(batch, rng) for batch in batches]
         self._last = [_last_tokens(batch) for batch in batches]
         self._cka = {family: CkaAccumulator(num_layers) for family in families}
@@ -211,7 +215,7 @@ class _Observer:
         angle = torch.arccos(_cosine(before[last], after[last])).sum().item() / math.pi
         self._angle[family][layer] += angle / sum(map(len, self._last))
         grams = self._grams.setdefault((batch, family), [])
-        grams.append(gram(after[chosen].float().numpy()))
+        grams.append(gram(after[chosen].float().numpy(), rms_rows=self._rms_rows))
         if len(grams) == self._num_layers:
             self._cka[family].add(self._grams.pop((batch, family)))
 

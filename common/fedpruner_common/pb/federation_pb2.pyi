@@ -189,7 +189,7 @@ class Task(_message.Message):
     def __init__(self, task_id: _Optional[str] = ..., round: _Optional[int] = ..., num_layers: _Optional[int] = ..., components: _Optional[_Iterable[_Union[Component, _Mapping]]] = ..., tensors: _Optional[_Iterable[_Union[TensorInfo, _Mapping]]] = ..., files: _Optional[_Iterable[_Union[FileInfo, _Mapping]]] = ..., lora: _Optional[_Union[LoraSettings, _Mapping]] = ..., training: _Optional[_Union[TrainingSettings, _Mapping]] = ..., predicted_peak_bytes: _Optional[int] = ..., bridge: _Optional[_Union[BridgeSettings, _Mapping]] = ..., other_tensors: _Optional[_Iterable[_Union[TensorInfo, _Mapping]]] = ..., bridge_file: _Optional[_Union[FileInfo, _Mapping]] = ..., streamed: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ProbeTask(_message.Message):
-    __slots__ = ("task_id", "num_layers", "tensors", "files", "lora", "granularity", "score", "num_sequences", "max_seq_length", "dtype", "seed")
+    __slots__ = ("task_id", "num_layers", "tensors", "files", "lora", "granularity", "score", "num_sequences", "max_seq_length", "dtype", "seed", "rms_rows")
     TASK_ID_FIELD_NUMBER: _ClassVar[int]
     NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
@@ -201,6 +201,7 @@ class ProbeTask(_message.Message):
     MAX_SEQ_LENGTH_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
+    RMS_ROWS_FIELD_NUMBER: _ClassVar[int]
     task_id: str
     num_layers: int
     tensors: _containers.RepeatedCompositeFieldContainer[TensorInfo]
@@ -212,7 +213,8 @@ class ProbeTask(_message.Message):
     max_seq_length: int
     dtype: str
     seed: int
-    def __init__(self, task_id: _Optional[str] = ..., num_layers: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorInfo, _Mapping]]] = ..., files: _Optional[_Iterable[_Union[FileInfo, _Mapping]]] = ..., lora: _Optional[_Union[LoraSettings, _Mapping]] = ..., granularity: _Optional[str] = ..., score: _Optional[str] = ..., num_sequences: _Optional[int] = ..., max_seq_length: _Optional[int] = ..., dtype: _Optional[str] = ..., seed: _Optional[int] = ...) -> None: ...
+    rms_rows: bool
+    def __init__(self, task_id: _Optional[str] = ..., num_layers: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorInfo, _Mapping]]] = ..., files: _Optional[_Iterable[_Union[FileInfo, _Mapping]]] = ..., lora: _Optional[_Union[LoraSettings, _Mapping]] = ..., granularity: _Optional[str] = ..., score: _Optional[str] = ..., num_sequences: _Optional[int] = ..., max_seq_length: _Optional[int] = ..., dtype: _Optional[str] = ..., seed: _Optional[int] = ..., rms_rows: bool = ...) -> None: ...
 
 class FamilyStatistics(_message.Message):
     __slots__ = ("family", "similarity", "importance")
