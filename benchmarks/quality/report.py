@@ -151,7 +151,9 @@ def word_for(comparison: Comparison) -> str:
     num = comparison.difference.num
     if smallest_p(num) >= LEVEL:
         return f"too few seeds to say (n = {num})"
-    if comparison.p >= LEVEL or not comparison.difference.excludes_zero:
+    if (comparison.p < LEVEL) != comparison.difference.excludes_zero:
+        return "unclear"
+    if comparison.p >= LEVEL:
         return "no difference seen"
     return "helps" if comparison.difference.mean < 0 else "hurts"
 
@@ -392,7 +394,6 @@ def tuning_lines(grid: Grid) -> list[str]:
 
 def section_main(grid: Grid, budgets: str) -> list[str]:
     found = compare_listed(grid, budgets)
-    num_listed = len(COMPARED[budgets])
     lines = [f"### `{budgets}`", ""]
     rows = [(base_loss, row) for base_loss, row in [base_row(grid, budgets)] if row]
     for method in grid.by_loss(budgets, MAIN):
@@ -406,21 +407,27 @@ def section_main(grid: Grid, budgets: str) -> list[str]:
         "the default is", "remark",
     ]  # fmt: skip
     lines += table(header, [row for _, row in rows])
-    lines += [f"Holm's correction is over the {num_listed} comparisons listed before the runs."]
-    lines += [f"{sentence[0].upper()}{sentence[1:]}" for sentence in unreachable(found, num_listed)]
-    missing = [
-        name for name in ("default", *COMPARED[budgets]) if not grid.values(budgets, name, "loss")
-    ]
+    return [*lines, *(f"- {sentence}" for sentence in main_notes(grid, budgets, found)), ""]
+
+
+def main_notes(grid: Grid, budgets: str, found: Mapping[str, Comparison]) -> list[str]:
+    """What must be known to read a table of methods."""
+    listed = COMPARED[budgets]
+    notes = [f"Holm's correction is over the {len(listed)} comparisons listed before the runs."]
+    notes += unreachable(found, len(listed))
+    missing = [m for m in ("default", *listed) if not grid.of_method(budgets, m)]
     if missing:
-        lines.append(f"Not run yet (n = 0): {names(missing)}; they count in the correction.")
+        notes.append(
+            f"Not run yet (n = 0): {names(missing)}; listed, so the correction counts them."
+        )
     if budgets == "sev":
-        lines.append(
+        notes.append(
             "`exclusive` (only devices that hold the whole model) is not run here: no device does, "
             "so it stays at the loss of no tuning."
         )
     else:
-        lines.append(f"Not part of this setting: {names(NOT_IN_MOD)}.")
-    return [*lines, ""]
+        notes.append(f"Not part of this setting: {names(NOT_IN_MOD)}.")
+    return notes
 
 
 def base_row(grid: Grid, budgets: str) -> tuple[float, list[str]]:
@@ -620,6 +627,7 @@ def page(
         raise ValueError("no records yet: run python -m benchmarks.quality first")
     grid = Grid.of(records)
     images = {"gap-closure.svg": gap_chart(grid), "ablations.svg": ablation_chart(grid)}
+    other_profiles = [name for name, method in ABLATIONS.items() if method.profile != "default"]
     floor = f"{floor_bytes / (1 << 20):.0f} MiB"
     lines = [
         "# Results",
@@ -671,9 +679,11 @@ def page(
         "## 5. Ablations",
         "",
         "One option of the default changed at a time, at the default's learning rate: part of a "
-        f"difference may be the rate's. Rows of another profile than the default's: "
-        f"{names(m for m, method in ABLATIONS.items() if method.profile != 'default')}. `helps` and `hurts` say what the change does; they need "
-        f"p < {LEVEL:g} and an interval without zero. p is not corrected here: of the "
+        f"difference may be the rate's. More than one differs in: {names(other_profiles)}.",
+        "",
+        f"`helps` and `hurts` say what the change does; they need p < {LEVEL:g} and an interval "
+        "without zero. `unclear` is one without the other, `no difference seen` neither: the "
+        "difference may still be as large as the interval's ends. p is not corrected here: of the "
         f"{len(ABLATIONS)} rows, {len(ABLATIONS) * LEVEL:.1f} would fall below {LEVEL:g} by chance "
         "alone if no change did anything. These are leads.",
         "",

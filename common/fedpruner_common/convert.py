@@ -183,7 +183,7 @@ def statistics_from_pb(message: pb.PushStatisticsRequest) -> Statistics:
             raise ValueError(f"{len(item.similarity)} similarities of {size} items")
         similarity = np.zeros((size, size))
         similarity[np.triu_indices(size)] = item.similarity
-        similarity = np.maximum(similarity, similarity.T)
+        similarity += np.triu(similarity, 1).T
         families[Family(item.family)] = FamilyStatistics(similarity, tuple(item.importance))
     cost = ProbeCost(
         loss_full=message.loss,

@@ -6,6 +6,8 @@ all, and each difference is one option that can be changed alone.
 
 from typing import Any
 
+from pydantic import BaseModel
+
 Values = dict[str, Any]
 
 # Nothing that this project added to the paper's method or to a baseline's.
@@ -55,16 +57,15 @@ PROFILES: dict[str, dict[str, Values]] = {
 def apply_profile(values: Values) -> Values:
     """The given settings, with those of their profile where they say nothing.
 
-    Raises:
-        ValueError: there is no such profile.
+    What is not a profile, or not a table, stays as it is: checking it is for the settings.
     """
     name = values.get("profile", "default")
-    if name not in PROFILES:
-        raise ValueError(f"profile {name!r} is none of {', '.join(PROFILES)}")
+    options = PROFILES.get(name, {}) if isinstance(name, str) else {}
     filled = dict(values)
-    for table, options in PROFILES[name].items():
+    for table, defaults in options.items():
         given = filled.get(table, {})
-        if not isinstance(given, dict):
+        if isinstance(given, BaseModel):
             given = given.model_dump(exclude_unset=True)
-        filled[table] = {**options, **given}
+        if isinstance(given, dict):
+            filled[table] = {**defaults, **given}
     return filled

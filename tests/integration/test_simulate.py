@@ -54,12 +54,7 @@ _PARTS = {
     ("options", "num_layers"),
     [
         pytest.param({}, {"big": 4.5, "small": 2.5}, id="default"),
-        pytest.param(
-            {"plan": {"statistics": "cohort", "statistics_every": 1, "correction": False}},
-            {"big": 4.5, "small": 2.5},
-            id="cohort",
-        ),
-        pytest.param(_PARTS, {"big": 4.5, "middle": 3.25, "small": 2.25}, id="parts"),
+        pytest.param(_PARTS, {"big": 5.0, "middle": 3.77, "small": 2.7}, id="parts"),
     ],
 )
 def test_a_simulation_ends_with_the_adapter_of_a_run_over_grpc(
