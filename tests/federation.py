@@ -14,13 +14,18 @@ from safetensors.numpy import load_file
 
 from fedpruner_client.config import AgentSettings
 from fedpruner_client.trainer import Trainer
+from fedpruner_common.config import load
+from fedpruner_server.blockstore import BlockStore
 from fedpruner_server.core.planning import Offer
+from fedpruner_server.describe import describe
+from fedpruner_simulate.fleet import DeviceOptions, SimulationSettings, offer_of
 
 Start = Callable[..., Program]
 Row = dict[str, Any]
 
 WAIT_S = 150.0  # for a whole run, also on a busy machine
 MARGIN = 0.05  # the default of plan.margin
+_NOBODY = [{"name": "nobody", "data": [], "num_layers": 1}]  # a simulation's settings want one
 
 
 @cache
@@ -116,3 +121,17 @@ def assert_equal_bits(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) 
     for name, values in one.items():
         difference = np.abs(values.astype(np.float64) - other[name]).max()
         assert values.tobytes() == other[name].tobytes(), f"{name}: up to {difference} apart"
+
+
+def budgets(config: Path, folder: Path, **num_layers: float) -> dict[str, int]:
+    """Budgets that hold so many layers on this machine, as a simulation's devices would."""
+    settings = load(SimulationSettings, config, {"devices": _NOBODY})
+    spec = describe(
+        settings.model,
+        BlockStore(settings.model, hash_cache=folder / "hashes.json").tensors,
+        lora=settings.lora,
+        training=settings.training,
+    )
+    floor_bytes = measured_floor(folder)
+    devices = [DeviceOptions(name=n, data=(), num_layers=k) for n, k in num_layers.items()]
+    return {d.name: budget_like(offer_of(d, spec, margin=MARGIN), floor_bytes) for d in devices}

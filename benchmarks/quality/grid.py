@@ -25,6 +25,16 @@ _DEPLOYED = {"sev": (3, 6), "mod": (4, 9)}
 _TOOLS = Tools()  # tokenised text, the evaluation model: the same for all runs of a process
 
 
+def _commit() -> str:
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip()
+
+
+_COMMIT = _commit()  # of the code that this process has read, whatever is committed meanwhile
+
+
 @dataclass(frozen=True)
 class Cell:
     """Which run: everything random depends on the seed alone, not on the method."""
@@ -123,7 +133,7 @@ def run_cell(cell: Cell, shape: Shape, domain: Domain, work_dir: Path) -> dict[s
         "mean_components": sum(len(p.submodel.components) for p in plans) / max(1, len(plans)),
         "coverage": _coverage(plans, num_layers),
         "seconds": round(time.monotonic() - started, 1),
-        "commit": _commit(),
+        "commit": _COMMIT,
         "machine": f"{platform.machine()} {platform.python_version()}",
     }
 
@@ -163,10 +173,3 @@ def _coverage(plans: list[ClientPlan], num_layers: int) -> list[int]:
 
 def _mean(losses: Any) -> float:
     return sum(losses.values()) / len(losses)
-
-
-def _commit() -> str:
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip()

@@ -322,6 +322,15 @@ def section_run(grid: Grid, budget_layers: Mapping[str, Sequence[int]]) -> list[
         ),
         f"- Command: `{command}`, then `python -m benchmarks.quality.report`.",
         f"- Commit: {tally(grid.all, 'commit')}. Machine: {tally(grid.all, 'machine')}.",
+        # The commit is asked for when a run ends, the code was loaded when its process started.
+        *(
+            [
+                "- ⚠ More than one commit. A run's is that of the checkout at its end; its "
+                "code may be of an earlier one."
+            ]
+            if len({r["commit"] for r in grid.all}) > 1
+            else []
+        ),
         *inconsistencies(grid),
         "",
     ]
@@ -703,7 +712,7 @@ def page(
 # Charts
 
 _COLORS = ("#1f6fb2", "#c2570c")  # told apart by those who see no red or green; shapes differ too
-_WIDTH, _LEFT, _PLOT, _TOP, _ROW = 900, 230, 400, 92, 28
+_WIDTH, _LEFT, _PLOT, _TOP, _ROW = 920, 250, 400, 92, 28
 
 
 @dataclass(frozen=True)

@@ -144,7 +144,8 @@ class Tasks:
         if survey is None or spec is None or survey.tasks.get(device.client_id) != task_id:
             raise StaleRound(f"statistics {task_id[:80]!r} are not waited for")
         families = self._c.settings.plan.granularity.families
-        validation.check_statistics(statistics, families, spec.num_layers)
+        max_tokens = survey.probe.num_sequences * survey.probe.max_seq_length
+        validation.check_statistics(statistics, families, spec.num_layers, max_tokens=max_tokens)
         survey.results[device.client_id] = statistics
         device.task_id = ""
         self._log.info("layers measured", client=device.client_id)

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, PositiveFloat
+from pydantic import Field, PositiveFloat, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from fedpruner_common.config import Section
@@ -29,6 +29,19 @@ class DeviceOptions(Section):
     memory_budget: str | None = None
     num_layers: PositiveFloat | None = None
 
+    @field_validator("memory_budget")
+    @classmethod
+    def _is_a_size(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_bytes(value)
+        return value
+
+    @model_validator(mode="after")
+    def _says_it_once(self) -> "DeviceOptions":
+        if (self.memory_budget is None) == (self.num_layers is None):
+            raise ValueError(f"device {self.name}: give either memory_budget or num_layers")
+        return self
+
 
 class SimulationSettings(ServerSettings):
     """A coordinator's settings and a fleet; the network's settings have no meaning here."""
@@ -38,15 +51,17 @@ class SimulationSettings(ServerSettings):
     devices: Annotated[tuple[DeviceOptions, ...], Field(min_length=1)]
     threads: Annotated[int, Field(ge=1)] = 1
 
+    @field_validator("devices")
+    @classmethod
+    def _names_differ(cls, value: tuple[DeviceOptions, ...]) -> tuple[DeviceOptions, ...]:
+        names = [device.name for device in value]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"two devices have the name {min(twice)!r}")
+        return value
+
 
 def offer_of(device: DeviceOptions, spec: ModelSpec, *, margin: float) -> Offer:
-    """What a virtual device brings, so that `num_layers` is what is left beside the margin.
-
-    Raises:
-        ValueError: it has both or neither of `memory_budget` and `num_layers`.
-    """
-    if (device.memory_budget is None) == (device.num_layers is None):
-        raise ValueError(f"device {device.name}: give either memory_budget or num_layers")
+    """What a virtual device brings, so that `num_layers` is what is left beside the margin."""
     if device.memory_budget is not None:
         return Offer(device.name, parse_bytes(device.memory_budget), _FLOOR_BYTES)
     assert device.num_layers is not None

@@ -134,7 +134,6 @@ class Simulation:
 
         Raises:
             FedPrunerError: the model or a file of text cannot be used.
-            ValueError: a device's budget is not given right.
         """
         torch.set_num_threads(settings.threads)
         transformers.logging.set_verbosity_error()

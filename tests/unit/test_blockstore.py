@@ -7,7 +7,7 @@ from blake3 import blake3
 from safetensors.numpy import save_file
 
 from fedpruner_common.errors import ModelError, NotFound
-from fedpruner_server.blockstore import BlockStore
+from fedpruner_server.blockstore import BlockStore, file_info
 
 TENSORS = {
     "embed": np.arange(40, dtype=np.float32).reshape(8, 5),
@@ -150,3 +150,20 @@ def test_a_link_to_weights_that_are_not_there_is_a_model_error(model_dir):
     (model_dir / "model.safetensors").symlink_to(model_dir / "never-downloaded")
     with pytest.raises(ModelError, match=r"model\.safetensors"):
         open_store(model_dir)
+
+
+def test_a_file_that_was_added_is_a_blob_like_the_others_but_not_of_the_model(model_dir, tmp_path):
+    store = open_store(model_dir)
+    path = tmp_path / "bridges.safetensors"
+    path.write_bytes(b"bridges")
+    info = file_info(path)
+    assert (info.name, info.num_bytes) == ("bridges.safetensors", 7)
+    with pytest.raises(NotFound):
+        store.locate(info.hash)
+    tensors, files, num_bytes = dict(store.tensors), store.files, store.num_bytes
+    store.add_file(info, path)
+    store.add_file(info, path)  # after a restart the journal says it once more
+    assert read(store, info.hash) == b"bridges"
+    assert (store.tensors, store.files, store.num_bytes) == (tensors, files, num_bytes)
+    for file in files:
+        assert read(store, file.hash) == (model_dir / file.name).read_bytes()

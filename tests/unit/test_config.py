@@ -123,3 +123,51 @@ def test_settings_cannot_change_once_read():
     settings = load(ServerSettings, None, FLAGS)
     with pytest.raises(ValidationError, match="frozen"):
         settings.run.num_rounds = 3
+
+
+def test_a_profile_fills_what_is_not_given(config_file):
+    plan = load(ServerSettings, config_file('profile = "bi"\n'), FLAGS).plan
+    assert (plan.policy.value, plan.importance.value, plan.correction) == ("top", "bi", False)
+
+
+def test_a_profile_may_come_from_a_flag_or_a_variable(monkeypatch):
+    assert load(ServerSettings, None, {**FLAGS, "profile": "depth"}).plan.policy.value == "depth"
+    monkeypatch.setenv("FEDPRUNER_SERVER_PROFILE", "even")
+    assert load(ServerSettings, None, FLAGS).plan.policy.value == "even"
+    assert load(ServerSettings, None, {**FLAGS, "profile": "depth"}).plan.policy.value == "depth"
+
+
+def test_what_is_given_wins_over_the_profile_wherever_it_is_given(config_file, monkeypatch):
+    path = config_file('profile = "paper"\n[plan]\nfloor = 0.25\n')
+    monkeypatch.setenv("FEDPRUNER_SERVER_PLAN__STATISTICS", "cohort")
+    plan = load(ServerSettings, path, {**FLAGS, "plan.importance": "bi"}).plan
+    # TOML, environment, flag
+    assert (plan.floor, plan.statistics, plan.importance.value) == (0.25, "cohort", "bi")
+    # and two that only the profile says
+    assert (plan.selection, plan.statistics_every) == ("sample", 1)
+
+
+def test_a_value_wins_over_the_profile_even_if_it_is_the_default(config_file):
+    path = config_file('profile = "paper"\n[plan]\nselection = "argmax"\njoint = true\n')
+    plan = load(ServerSettings, path, FLAGS).plan
+    assert (plan.selection, plan.joint, plan.statistics) == ("argmax", True, "device")
+
+
+@pytest.mark.parametrize("text", ['profile = "papper"\n', 'profile = ["paper"]\n'])
+def test_an_unknown_profile_is_refused_with_those_there_are(config_file, text):
+    with pytest.raises(ConfigError) as caught:
+        load(ServerSettings, config_file(text), FLAGS)
+    message = str(caught.value)
+    assert message.startswith("setting profile: input should be 'default', 'paper', ")
+    assert "some-model" not in message
+
+
+def test_with_a_profile_too_a_table_that_is_not_one_is_refused_by_name(config_file):
+    with pytest.raises(ConfigError, match="setting plan: "):
+        load(ServerSettings, config_file('profile = "paper"\nplan = 3\n'), FLAGS)
+
+
+def test_with_a_profile_too_an_unknown_key_is_refused_by_name(config_file):
+    path = config_file('profile = "paper"\n[plan]\ntemperture = 2\n')
+    with pytest.raises(ConfigError, match=r"setting plan\.temperture: "):
+        load(ServerSettings, path, FLAGS)

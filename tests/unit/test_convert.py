@@ -1,17 +1,33 @@
+from dataclasses import replace
+
+import numpy as np
 import pytest
 
 from fedpruner_common.components import ComponentId, Kind
 from fedpruner_common.convert import (
     metrics_from_header,
     metrics_to_header,
+    probe_from_pb,
+    probe_to_pb,
+    statistics_from_pb,
+    statistics_to_pb,
     task_from_pb,
     task_to_pb,
 )
 from fedpruner_common.errors import FedPrunerError
 from fedpruner_common.manifest import FileInfo, TensorInfo
 from fedpruner_common.pb import federation_pb2 as pb
+from fedpruner_common.statistics import Family, FamilyStatistics, ProbeCost, Statistics
 from fedpruner_common.submodel import Submodel
-from fedpruner_common.task import LoraSettings, Task, TrainingSettings, UpdateMetrics
+from fedpruner_common.task import (
+    BridgeKind,
+    BridgeSettings,
+    LoraSettings,
+    ProbeTask,
+    Task,
+    TrainingSettings,
+    UpdateMetrics,
+)
 
 HASH = "0123456789abcdef" * 4
 
@@ -110,3 +126,133 @@ def test_a_tensor_whose_size_does_not_follow_from_its_shape_is_refused():
 def test_a_tensor_of_unknown_dtype_is_refused():
     with pytest.raises(FedPrunerError, match="unknown dtype"):
         task_from_pb(hostile(lambda m: setattr(m.tensors[0], "dtype", "object")))
+
+
+FULL_TASK = replace(
+    TASK,
+    training=replace(TASK.training, proximal_mu=0.25, train_factor="B"),
+    bridge=BridgeSettings(BridgeKind.LOWRANK, rank=32, local=True, corrected=True),
+    other_tensors=(TensorInfo("other", "U8", (2,), 2, HASH[::-1]),),
+    bridge_file=FileInfo("bridges.safetensors", 9, HASH[::-1]),
+    streamed=(0, 3),
+)
+
+
+def test_a_task_with_everything_in_it_arrives_as_it_was_sent():
+    assert task_from_pb(over_the_wire(task_to_pb(FULL_TASK))) == FULL_TASK
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda m: setattr(m.bridge, "kind", "magic"), "magic"),
+        (lambda m: m.ClearField("bridge"), "BridgeKind"),
+        (lambda m: setattr(m.training, "train_factor", "C"), "'C' is none of both, A, B"),
+        (lambda m: setattr(m.other_tensors[0], "hash", "../../x"), "not a content hash"),
+        (lambda m: setattr(m.bridge_file, "hash", "../../x"), "not a content hash"),
+        (lambda m: setattr(m.bridge_file, "name", "../x"), "not a plain file name"),
+        (lambda m: m.streamed.append(4), "outside the model's 4 layers"),
+        (lambda m: setattr(m, "num_layers", 3), "outside the model's 3 layers"),
+    ],
+)
+def test_a_part_of_a_full_task_that_makes_no_sense_is_refused(change, reason):
+    message = task_to_pb(FULL_TASK)
+    change(message)
+    with pytest.raises(FedPrunerError, match=reason):
+        task_from_pb(over_the_wire(message))
+
+
+PROBE = ProbeTask(
+    task_id="probe-1-a",
+    num_layers=4,
+    tensors=TASK.tensors,
+    files=TASK.files,
+    lora=TASK.lora,
+    granularity="component",
+    score="loo",
+    num_sequences=8,
+    max_seq_length=128,
+    dtype="auto",
+    seed=2**63,
+)
+
+
+def test_a_probe_arrives_as_it_was_sent():
+    assert probe_from_pb(over_the_wire(probe_to_pb(PROBE))) == PROBE
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: setattr(m, "granularity", "head"),
+        lambda m: setattr(m, "score", "luck"),
+        lambda m: setattr(m.tensors[0], "hash", "x"),
+        lambda m: setattr(m.files[0], "name", "a/b"),
+    ],
+)
+def test_a_probe_that_makes_no_sense_is_refused(change):
+    message = probe_to_pb(PROBE)
+    change(message)
+    with pytest.raises(FedPrunerError, match="a probe that makes no sense"):
+        probe_from_pb(over_the_wire(message))
+
+
+# Statistics, in numbers that float32 holds exactly
+
+LAYERS = FamilyStatistics(
+    np.array([[1.0, 0.5, 0.25], [0.5, 1.0, 0.125], [0.25, 0.125, 1.0]]), (3.0, -0.5, 0.0)
+)
+STATISTICS = Statistics(
+    {Family.ATTENTION: LAYERS, Family.FFN: replace(LAYERS, importance=(1.0, 2.0, 3.0))},
+    "device",
+    "",
+    ProbeCost(2.5, 77, 1.5, 4096),
+)
+
+
+def statistics_message(statistics=STATISTICS):
+    request = pb.PushStatisticsRequest()
+    statistics_to_pb(statistics, request)
+    return over_the_wire(request)
+
+
+def test_statistics_travel_as_their_upper_triangle_and_arrive_as_they_were():
+    message = statistics_message()
+    assert list(message.families[0].similarity) == [1.0, 0.5, 0.25, 1.0, 0.125, 1.0]
+    again = statistics_from_pb(message)
+    assert again.families.keys() == STATISTICS.families.keys()
+    for family, item in STATISTICS.families.items():
+        np.testing.assert_array_equal(again.families[family].similarity, item.similarity)
+        assert again.families[family].importance == item.importance
+    assert (again.source, again.cost) == ("device", STATISTICS.cost)
+
+
+def test_nothing_that_was_said_of_a_pair_is_covered_up():
+    for value in (-0.5, -2.0, float("nan"), float("-inf")):
+        message = statistics_message()
+        message.families[0].similarity[1] = value
+        found = statistics_from_pb(message).families[Family.ATTENTION].similarity
+        np.testing.assert_array_equal([found[0, 1], found[1, 0]], [value, value])
+
+
+@pytest.mark.parametrize("size", [0, 2, 4])
+def test_a_triangle_that_is_not_one_is_refused(size):
+    message = statistics_message()
+    del message.families[0].importance[:]
+    message.families[0].importance.extend([1.0] * size)
+    with pytest.raises(ValueError, match=f"6 similarities of {size} items"):
+        statistics_from_pb(message)
+
+
+def test_a_size_whose_square_would_fill_the_memory_is_refused_first():
+    message = pb.PushStatisticsRequest()
+    message.families.append(pb.FamilyStatistics(family="layer", importance=[0.0] * 1_000_000))
+    with pytest.raises(ValueError, match="0 similarities of 1000000 items"):
+        statistics_from_pb(message)
+
+
+def test_an_unknown_family_is_refused():
+    message = statistics_message()
+    message.families[0].family = "head"
+    with pytest.raises(ValueError, match="head"):
+        statistics_from_pb(message)

@@ -8,7 +8,16 @@ from toy_model import toy_spec
 
 from fedpruner_common.errors import ConfigError
 from fedpruner_server.config import LoraOptions
-from fedpruner_server.export import export_peft, export_run, read_adapter, write_adapter
+from fedpruner_server.core.aggregation import ServerState
+from fedpruner_server.export import (
+    AdapterFile,
+    export_peft,
+    export_run,
+    read_adapter,
+    read_state,
+    write_adapter,
+    write_state,
+)
 
 ADAPTER = {
     "0.attention.proj.lora_A": np.arange(8, dtype=np.float32).reshape(2, 4),
@@ -70,3 +79,57 @@ def test_a_run_without_an_adapter_and_an_output_that_is_taken_are_errors(tmp_pat
     with pytest.raises(ConfigError, match="not empty"):
         export_run(tmp_path / "state", tmp_path / "out", merged=False, model=None)
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["precious"]
+
+
+def test_an_adapter_file_is_the_adapter_by_canonical_name(tmp_path):
+    path = tmp_path / "update.safetensors"
+    write_adapter(ADAPTER, path)
+    found = AdapterFile(path)
+    assert len(found) == 2
+    assert found.keys() == ADAPTER.keys()
+    for name, values in found.items():
+        np.testing.assert_array_equal(values, ADAPTER[name], strict=True)
+    assert "0.attention.proj.lora_C" not in found
+    with pytest.raises(KeyError):
+        found["base_model.model.0.attention.proj.lora_A.weight"]
+
+
+def test_an_adapter_file_reads_a_tensor_when_it_is_asked_for(tmp_path):
+    path = tmp_path / "update.safetensors"
+    write_adapter(ADAPTER, path)
+    found = AdapterFile(path)
+    name = "0.attention.proj.lora_B"
+    assert found[name].sum() == 12.0
+    write_adapter({**ADAPTER, name: ADAPTER[name] * 3}, path)
+    assert found[name].sum() == 36.0  # nothing of it was kept
+
+
+def test_a_state_reads_back_as_it_was_written(tmp_path):
+    state = ServerState(
+        residuals={"0.q": (np.arange(6.0).reshape(3, 2), np.arange(8.0).reshape(2, 4) / 3)},
+        first_moments={"0.q.lora_A": np.full((2, 4), 0.1)},
+        second_moments={"0.q.lora_B": np.full((3, 2), 1e-9)},
+    )
+    path = tmp_path / "deep" / "state-0001.safetensors"
+    write_state(state, path)
+    again = read_state(path)
+    assert again.residuals.keys() == {"0.q"}
+    for found, expected in zip(again.residuals["0.q"], state.residuals["0.q"], strict=True):
+        np.testing.assert_array_equal(found, expected, strict=True)
+    for found, expected in (
+        (again.first_moments, state.first_moments),
+        (again.second_moments, state.second_moments),
+    ):
+        assert found.keys() == expected.keys()
+        for name in expected:
+            np.testing.assert_array_equal(found[name], expected[name], strict=True)
+    assert [p.name for p in path.parent.iterdir()] == [path.name]  # nothing half-written
+
+
+def test_an_empty_state_reads_back_and_where_there_is_no_file_there_is_one(tmp_path):
+    path = tmp_path / "state-0001.safetensors"
+    assert read_state(path) == ServerState()
+    assert not path.exists()
+    write_state(ServerState(), path)
+    assert path.exists()
+    assert read_state(path) == ServerState()

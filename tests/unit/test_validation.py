@@ -6,9 +6,17 @@ from safetensors.numpy import save
 
 from fedpruner_common.errors import InvalidUpdate
 from fedpruner_common.manifest import TensorInfo
+from fedpruner_common.statistics import (
+    Family,
+    FamilyStatistics,
+    Granularity,
+    ProbeCost,
+    Statistics,
+)
 from fedpruner_common.task import UpdateMetrics
 from fedpruner_server.core.validation import (
     check_metrics,
+    check_statistics,
     check_tensors,
     check_values,
     max_update_bytes,
@@ -87,3 +95,74 @@ def test_a_real_update_is_within_the_largest():
     }
     file = save({name: np.ones(shape, dtype=np.float32) for name, shape in shapes.items()})
     assert len(file) <= max_update_bytes(shapes)
+
+
+SIMILARITY = np.array([[1.0, 0.0], [0.0, 1.0]])
+
+
+def check_layers(similarity=SIMILARITY, importance=(1.0, -2.0), **cost):
+    """Check statistics of two whole layers, which may use 100 tokens."""
+    values = {"loss_full": 3.0, "num_tokens": 100, "seconds": 1.0, "bytes_read": 0, **cost}
+    families = {Family.LAYER: FamilyStatistics(np.array(similarity), importance)}
+    statistics = Statistics(families, "device", "", ProbeCost(**values))
+    check_statistics(statistics, Granularity.LAYER.families, 2, max_tokens=100)
+
+
+def test_statistics_at_the_edge_of_what_makes_sense_are_accepted():
+    check_layers()
+    check_layers([[1.0, 1.0], [1.0, 1.0]], num_tokens=1)
+    check_layers([[1.0005, -0.0005], [-0.0005, 1.0]])  # float32 on the way
+    check_layers(importance=(-1e30, 1e30))
+
+
+@pytest.mark.parametrize("granularity", Granularity)
+def test_statistics_of_other_families_than_asked_for_are_refused(granularity):
+    item = FamilyStatistics(SIMILARITY, (1.0, 2.0))
+    for families in ((), (Family.ATTENTION,), tuple(Family)):
+        statistics = Statistics(dict.fromkeys(families, item), "device", "")
+        with pytest.raises(InvalidUpdate, match="not of the families"):
+            check_statistics(statistics, granularity.families, 2, max_tokens=100)
+    good = Statistics(dict.fromkeys(granularity.families, item), "device", "")
+    check_statistics(good, granularity.families, 2, max_tokens=100)
+
+
+@pytest.mark.parametrize(
+    ("similarity", "importance"),
+    [
+        ([[1.0]], (1.0,)),
+        (np.eye(3), (1.0, 2.0, 3.0)),
+        (np.eye(2), (1.0, 2.0, 3.0)),
+        (np.eye(3), (1.0, 2.0)),
+        (np.zeros((0, 0)), ()),
+    ],
+)
+def test_statistics_of_another_number_of_layers_are_refused(similarity, importance):
+    with pytest.raises(InvalidUpdate, match="not of 2 layers"):
+        check_layers(similarity, importance)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_statistics_that_are_not_finite_are_refused(value):
+    with pytest.raises(InvalidUpdate, match="not finite"):
+        check_layers([[1.0, value], [value, 1.0]])
+    with pytest.raises(InvalidUpdate, match="not finite"):
+        check_layers(importance=(1.0, value))
+
+
+@pytest.mark.parametrize("value", [1.01, -0.01, -0.5, 2.0, -1e30])
+def test_a_similarity_outside_0_to_1_is_refused(value):
+    with pytest.raises(InvalidUpdate, match=r"a layer similarity lies outside \[0, 1\]"):
+        check_layers([[1.0, value], [value, 1.0]])
+
+
+@pytest.mark.parametrize("count", [0, 101, 2**64 - 1])
+def test_more_tokens_than_were_asked_for_would_drown_the_other_devices(count):
+    with pytest.raises(InvalidUpdate, match="num_tokens is .* expected 1 to 100"):
+        check_layers(num_tokens=count)
+
+
+@pytest.mark.parametrize("name", ["loss_full", "seconds"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_cost_that_is_not_finite_is_refused(name, value):
+    with pytest.raises(InvalidUpdate, match=name):
+        check_layers(**{name: value})

@@ -14,6 +14,7 @@ from fedpruner_server.core.aggregation import Adapter
 # A safetensors file is its data plus a JSON header: names, shapes and offsets, padded.
 _HEADER_BYTES_PER_TENSOR = 512
 _MAX_EXAMPLES = 1 << 40
+_CKA_NOISE = 1e-3
 
 
 def max_update_bytes(shapes: Mapping[str, tuple[int, int]]) -> int:
@@ -70,8 +71,16 @@ def check_values(tensors: Adapter) -> None:
             raise InvalidUpdate(f"tensor {name} has values that are not finite")
 
 
-def check_statistics(statistics: Statistics, families: Sequence[Family], num_layers: int) -> None:
+def check_statistics(
+    statistics: Statistics, families: Sequence[Family], num_layers: int, *, max_tokens: int
+) -> None:
     """Refuse statistics of a device that are not of the asked families, or make no sense.
+
+    Args:
+        statistics: of the device.
+        families: that were asked for.
+        num_layers: of the model.
+        max_tokens: of text that the probe may have used; its tokens weigh it in the cohort's mean.
 
     Raises:
         InvalidUpdate: what is wrong.
@@ -84,5 +93,13 @@ def check_statistics(statistics: Statistics, families: Sequence[Family], num_lay
             raise InvalidUpdate(f"the {family.value} statistics are not of {num_layers} layers")
         if not (np.isfinite(similarity).all() and np.isfinite(importance).all()):
             raise InvalidUpdate(f"the {family.value} statistics are not finite")
-        if np.abs(similarity).max() > 1 + 1e-3:
+        if similarity.min() < -_CKA_NOISE or similarity.max() > 1 + _CKA_NOISE:
             raise InvalidUpdate(f"a {family.value} similarity lies outside [0, 1]")
+    cost = statistics.cost
+    if cost is None:
+        return
+    if not 0 < cost.num_tokens <= max_tokens:
+        raise InvalidUpdate(f"num_tokens is {cost.num_tokens}, expected 1 to {max_tokens}")
+    for name in ("loss_full", "seconds"):
+        if not math.isfinite(getattr(cost, name)):
+            raise InvalidUpdate(f"{name} is {getattr(cost, name)}, expected a finite number")

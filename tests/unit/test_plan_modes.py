@@ -1,0 +1,201 @@
+"""What a plan does about what does not fit: correct it, bridge it, stream it, or just drop it.
+
+Attention weighs 1 MiB, ffn 2 MiB, text 12 MiB, floor 8 MiB: k layers cost 20 + 3 k MiB to train,
+and a sweep, which holds one, 23 MiB and its hidden states.
+"""
+
+from dataclasses import replace
+
+import pytest
+from toy_model import MIB, toy_memory, toy_spec, toy_statistics
+
+from fedpruner_common.budget import streamed_peak_bytes, sweep_peak_bytes
+from fedpruner_common.components import all_components
+from fedpruner_common.errors import BudgetTooSmall
+from fedpruner_common.statistics import Granularity
+from fedpruner_common.task import NO_BRIDGE, BridgeKind, BridgeSettings
+from fedpruner_server.core.planning import PlanSettings, Policy, plan_client
+
+FLOOR = 8 * MIB
+IMPORTANCE = (0.1, 0.4, 0.3, 0.2)
+SETTINGS = PlanSettings(Granularity.LAYER, sample=False, protect=(), margin=0.0, seed=0)
+# Of 7 MiB, through 5 copies of 7 micro-batches of 0.2 MiB: a sweep costs 30 MiB.
+LONG = toy_memory(4, layer_input_bytes=MIB // 5, num_batches=7, hidden_size=1)
+SWEEP = 30 * MIB
+CORRECTED = BridgeSettings(corrected=True)
+LOCAL = BridgeSettings(BridgeKind.FULL, local=True)
+BOTH = BridgeSettings(BridgeKind.FULL, local=True, corrected=True)
+PUBLIC = BridgeSettings(BridgeKind.FULL)
+PUBLIC_CORRECTED = BridgeSettings(BridgeKind.FULL, corrected=True)
+STREAMING = replace(SETTINGS, streaming=True)
+HALVES = replace(STREAMING, granularity=Granularity.COMPONENT)
+
+
+def plan(budget_mib, settings=SETTINGS, memory=LONG, importance=IMPORTANCE):
+    return plan_client(
+        toy_spec(4, memory),
+        toy_statistics(importance, granularity=settings.granularity),
+        settings,
+        client_id="a",
+        round_number=1,
+        budget_bytes=int(budget_mib * MIB),
+        floor_bytes=FLOOR,
+    )
+
+
+def bridged(bridge, **changes):
+    return replace(SETTINGS, bridge=bridge, **changes)
+
+
+# Bridges and corrections
+
+
+def test_the_sweep_of_this_file_costs_what_it_says():
+    found = sweep_peak_bytes(LONG, CORRECTED, floor_bytes=FLOOR)
+    assert SWEEP - 35 <= found <= SWEEP  # 35 copies, each a fraction of a byte short of 0.2 MiB
+
+
+@pytest.mark.parametrize("bridge", [CORRECTED, PUBLIC_CORRECTED])
+def test_a_device_that_can_sweep_is_corrected_and_the_sweep_may_be_its_peak(bridge):
+    # three layers train in 29 MiB: the sweep's 30 are more
+    found = plan(31, bridged(bridge))
+    assert len(found.submodel.layers()) == 3
+    assert found.bridge == bridge
+    assert found.predicted_peak_bytes == sweep_peak_bytes(LONG, bridge, floor_bytes=FLOOR)
+
+
+def test_training_is_the_peak_where_it_needs_more_than_the_sweep():
+    found = plan(31, bridged(CORRECTED), memory=toy_memory(4, layer_input_bytes=1))
+    assert found.bridge == CORRECTED
+    assert found.predicted_peak_bytes == 29 * MIB  # the sweep: 23 and five bytes
+
+
+@pytest.mark.parametrize(
+    ("bridge", "left"),
+    [
+        (CORRECTED, NO_BRIDGE),
+        # the coordinator's bridges come anyway, uncorrected
+        (PUBLIC_CORRECTED, PUBLIC),
+        # without the sweep there is nothing to fit bridges on
+        (LOCAL, NO_BRIDGE),
+        (BOTH, NO_BRIDGE),
+    ],
+)
+def test_a_device_that_holds_the_submodel_but_not_the_sweep_trains_without_one(bridge, left):
+    found = plan(29.5, bridged(bridge))
+    assert len(found.submodel.layers()) == 3
+    assert found.bridge == left
+    assert not found.bridge.sweeps
+    assert found.predicted_peak_bytes == 29 * MIB
+
+
+@pytest.mark.parametrize("bridge", [CORRECTED, LOCAL, BOTH, PUBLIC_CORRECTED])
+def test_the_sweep_is_judged_by_what_the_margin_leaves(bridge):
+    # half of 59 is 29.5, half of 61 is 30.5
+    assert not plan(59, bridged(bridge, margin=0.5)).bridge.sweeps
+    assert plan(61, bridged(bridge, margin=0.5)).bridge == bridge
+
+
+def test_bridges_of_the_coordinator_need_no_sweep():
+    assert plan(23, bridged(PUBLIC)).bridge == PUBLIC
+
+
+@pytest.mark.parametrize("bridge", [CORRECTED, LOCAL, PUBLIC, BOTH])
+def test_the_full_model_has_nothing_to_bridge(bridge):
+    found = plan(100, bridged(bridge))
+    assert found.submodel.is_full
+    assert found.bridge == NO_BRIDGE
+    assert found.predicted_peak_bytes == 32 * MIB
+
+
+@pytest.mark.parametrize("bridge", [NO_BRIDGE, CORRECTED, LOCAL, PUBLIC, BOTH])
+@pytest.mark.parametrize("granularity", Granularity)
+def test_whatever_the_budget_the_predicted_peak_is_within_it(bridge, granularity):
+    settings = bridged(bridge, granularity=granularity, bridge_bytes_per_run=MIB // 3)
+    for quarters in range(4 * 24, 4 * 40):
+        budget = quarters / 4
+        assert plan(budget, settings).predicted_peak_bytes <= budget * MIB
+
+
+def test_a_sweep_never_changes_which_layers_are_kept():
+    for budget in range(23, 36):
+        assert plan(budget, bridged(CORRECTED)).submodel == plan(budget).submodel
+
+
+# Streaming
+
+# A layer in memory costs 3 MiB of weights and 6 of activations, a streamed one an input of 1 MiB.
+# Text and floor 20; beside what is held, one layer passes (3) and is computed again (6):
+#   all held 20 + 4 * 9 = 56; one streamed 20 + 3 * 9 + 1 + 9 = 57; two 20 + 18 + 2 + 9 = 49;
+#   three 20 + 9 + 3 + 9 = 41; all 20 + 4 + 9 = 33. Pruned: 29, 38, 47, 56 for 1 to 4 layers.
+DEEP = toy_memory(
+    4,
+    saved_bytes=dict.fromkeys(all_components(4), 3 * MIB),
+    layer_input_bytes=MIB,
+)
+
+
+def streams(budget_mib, settings=STREAMING, **arguments):
+    return plan(budget_mib, settings, memory=DEEP, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("budget_mib", "num_held", "peak_mib"),
+    [(33, 0, 33), (40.9, 0, 33), (41, 1, 41), (49, 2, 49), (55.9, 2, 49), (56, 4, 56), (90, 4, 56)],
+)
+def test_as_many_layers_are_held_as_fit_and_the_rest_are_streamed(budget_mib, num_held, peak_mib):
+    found = streams(budget_mib)
+    assert found.submodel.is_full
+    assert len(found.streamed) == 4 - num_held
+    assert found.predicted_peak_bytes == peak_mib * MIB
+    assert found.bridge == NO_BRIDGE
+
+
+def test_the_layers_that_were_chosen_are_held_first_and_then_those_worth_most():
+    # at 49 MiB three layers would be kept by importance, of which two fit beside the streamed ones
+    settings = replace(STREAMING, policy=Policy.TOP)
+    assert streams(49, settings).streamed == (0, 3)
+    # at 41 two would be kept, of which one fits
+    assert streams(41, settings).streamed == (0, 2, 3)
+    # what was chosen comes before what is worth more: the policy keeps the first two of 41 MiB
+    first = replace(STREAMING, policy=Policy.DEPTH)
+    assert streams(41, first).streamed == (0, 2, 3)
+    assert streams(41, first, importance=(0.2, 0.1, 0.9, 0.9)).streamed == (1, 2, 3)
+
+
+def test_where_not_even_one_layer_at_a_time_fits_the_others_are_dropped():
+    # 29 holds one pruned layer; streaming needs 33
+    found = streams(32.9)
+    assert found.streamed == ()
+    assert len(found.submodel.layers()) == 1
+    assert found.predicted_peak_bytes == 29 * MIB
+    assert found == plan(32.9, memory=DEEP)
+
+
+def test_where_streaming_does_not_fit_the_bridges_of_pruning_come_back():
+    found = streams(32.9, replace(STREAMING, bridge=PUBLIC))
+    assert found.bridge == PUBLIC
+    assert streams(33, replace(STREAMING, bridge=PUBLIC)).bridge == NO_BRIDGE
+
+
+def test_without_streaming_nothing_is_streamed():
+    assert plan(41, memory=DEEP).streamed == ()
+    assert not plan(41, memory=DEEP).submodel.is_full
+
+
+def test_halves_of_a_layer_are_held_or_streamed_together():
+    for budget in range(33, 60):
+        found = streams(budget, HALVES)
+        assert found.submodel.is_full
+        peak = streamed_peak_bytes(DEEP, found.streamed, floor_bytes=FLOOR)
+        assert found.predicted_peak_bytes == peak <= budget * MIB
+
+
+def test_a_streaming_plan_leaves_the_margin_free():
+    assert streams(98, replace(STREAMING, margin=0.5)).predicted_peak_bytes == 49 * MIB
+    assert streams(97, replace(STREAMING, margin=0.5)).predicted_peak_bytes == 41 * MIB
+
+
+def test_a_device_too_small_for_any_submodel_is_refused_with_streaming_too():
+    with pytest.raises(BudgetTooSmall, match="1 MiB short"):
+        streams(28)
