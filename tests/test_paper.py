@@ -311,10 +311,11 @@ def test_statement_12_probabilities_are_shares_of_the_importance_within_the_grou
 
 # FedPruner+
 
-# Three groups of attention, three other ones of ffn, and what each half is worth.
+# Three groups of attention, three other ones of ffn, and what each half is worth; groups are worth
+# very different amounts, which is to make no difference within them.
 _ATTENTION_GROUPS = ((0, 1, 2), (3, 4), (5, 6, 7))
 _FFN_GROUPS = ((0,), (1, 2, 3, 4), (5, 6, 7))
-_ATTENTION_WORTH = (1.0, 2.0, 5.0, 3.0, 1.0, 4.0, 4.0, 2.0)
+_ATTENTION_WORTH = (1.0, 2.0, 5.0, 0.03, 0.01, 40.0, 40.0, 20.0)
 _FFN_WORTH = (1.0, 4.0, 3.0, 2.0, 1.0, 1.0, 6.0, 3.0)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks.quality.methods import ABLATIONS, ALL, BRIDGES, MAIN, NOT_IN_MOD
+from benchmarks.quality.methods import ABLATIONS, ALL, BRIDGES, LISTED, MAIN
 from benchmarks.quality.statistics import Interval, holm, sign_flip_p, smallest_p, t_interval
 from benchmarks.quality.tuning import FIRST_RATES, TUNING_SEED, best_rates, tuned_methods
 
@@ -22,10 +22,9 @@ ROOT = Path(__file__).parent.parent.parent
 LEVEL = 0.05  # of a claim
 SETTINGS = ("sev", "mod")
 # What the default is compared with, listed before any run: Holm's correction is over these.
-COMPARED = {
-    "sev": tuple(name for name in MAIN if name not in ("default", "exclusive")),
-    "mod": tuple(name for name in MAIN if name != "default" and name not in NOT_IN_MOD),
-}
+COMPARED = LISTED
+# They have, or need, memory for the whole model.
+UNLIMITED = ("full", "streamed", "hetlora", "flexlora")
 WORSE = "⚠ worse than no tuning"
 
 Record = dict[str, Any]
@@ -160,7 +159,9 @@ def word_for(comparison: Comparison) -> str:
 
 def word_for_default(comparison: Comparison) -> str:
     """What a listed comparison says of the default, after the correction."""
-    if comparison.adjusted is None or comparison.adjusted >= LEVEL:
+    if comparison.adjusted is None:
+        return "not listed"
+    if comparison.adjusted >= LEVEL:
         return "not established"
     if not comparison.difference.excludes_zero:
         return "not established"
@@ -239,10 +240,10 @@ def summary_sentences(grid: Grid, budgets: str) -> list[str]:
     """What the listed comparisons of one setting say."""
     gap = t_interval(list(gap_closures(grid, budgets, "default").values()))
     found = compare_listed(grid, budgets)
-    others = {name: c for name, c in found.items() if name != "full"}
-    ahead = [name for name, c in others.items() if c.difference.mean < 0]
+    everyone = {n: compare(grid, budgets, n, "default") for n in MAIN if n not in UNLIMITED}
+    ahead = [n for n, c in everyone.items() if c.difference.num and c.difference.mean < 0]
     by_word = defaultdict(list)
-    for name, comparison in others.items():
+    for name, comparison in found.items():
         by_word[word_for_default(comparison)].append(name)
     sentences = []
     if gap.num:
@@ -251,10 +252,11 @@ def summary_sentences(grid: Grid, budgets: str) -> list[str]:
     else:
         sentences.append("no seed has both the default and `full`; no gap closure can be given.")
     sentences.append(
-        f"lower mean loss than the default on the same seeds, `full` aside: {names(ahead)}."
+        f"lower mean loss than the default on the same seeds, {names(UNLIMITED)} aside: "
+        f"{names(ahead)}."
     )
     sentences.append(
-        f"established after correction (adjusted p < {LEVEL:g}), `full` aside: default better than "
+        f"established after correction (adjusted p < {LEVEL:g}): default better than "
         f"{names(by_word['default better'])}; default worse than "
         f"{names(by_word['default worse'])}; not established against "
         f"{names(by_word['not established'])}."
@@ -407,7 +409,10 @@ def section_main(grid: Grid, budgets: str) -> list[str]:
     rows = [(base_loss, row) for base_loss, row in [base_row(grid, budgets)] if row]
     for method in grid.by_loss(budgets, MAIN):
         losses = grid.values(budgets, method, "loss")
-        rows.append((mean(losses.values()), main_row(grid, budgets, method, found.get(method))))
+        comparison = found.get(method)
+        if comparison is None and method != "default":
+            comparison = compare(grid, budgets, method, "default")
+        rows.append((mean(losses.values()), main_row(grid, budgets, method, comparison)))
     if not rows:
         return [*lines, "No runs yet.", ""]
     rows.sort(key=lambda pair: (not math.isfinite(pair[0]), pair[0]))
@@ -422,7 +427,10 @@ def section_main(grid: Grid, budgets: str) -> list[str]:
 def main_notes(grid: Grid, budgets: str, found: Mapping[str, Comparison]) -> list[str]:
     """What must be known to read a table of methods."""
     listed = COMPARED[budgets]
-    notes = [f"Holm's correction is over the {len(listed)} comparisons listed before the runs."]
+    notes = [
+        f"Holm's correction is over the {len(listed)} comparisons listed before the runs: the "
+        f"default against {names(listed)}. The p of the others is uncorrected."
+    ]
     notes += unreachable(found, len(listed))
     missing = [m for m in ("default", *listed) if not grid.of_method(budgets, m)]
     if missing:
@@ -434,8 +442,10 @@ def main_notes(grid: Grid, budgets: str, found: Mapping[str, Comparison]) -> lis
             "`exclusive` (only devices that hold the whole model) is not run here: no device does, "
             "so it stays at the loss of no tuning."
         )
-    else:
-        notes.append(f"Not part of this setting: {names(NOT_IN_MOD)}.")
+    left = [m for m in MAIN if m not in listed and not grid.of_method(budgets, m)]
+    left = [m for m in left if m != "exclusive"]
+    if left:
+        notes.append(f"Not run in this setting: {names(left)}.")
     return notes
 
 

@@ -267,8 +267,8 @@ class Run:
 
     async def _measure_layers(self, number: int, devices: list[Device]) -> None:
         """Measure the layers again when it is time, on public text or on the devices."""
-        remembered = self._storage.fact("statistics") or {"round": None}
-        drift = await asyncio.to_thread(self._drift_since, remembered["round"])
+        remembered = self._storage.fact("statistics") or {"round": None, "adapter": None}
+        drift = await asyncio.to_thread(self._drift_since, remembered["adapter"])
         due = method.statistics_due(
             self._settings, number, measured=remembered["round"], drift=drift
         )
@@ -290,15 +290,19 @@ class Run:
             weights = [s.cost.num_tokens if s.cost else 1 for s in found.values()]
             found = {"cohort": average(list(found.values()), weights)}
         mixed = method.mixed(self._settings, old, found)
-        fact = {"round": number, "of": {k: statistics_to_json(v) for k, v in mixed.items()}}
+        fact = {
+            "round": number,
+            "adapter": self._c.adapter_round,
+            "of": {k: statistics_to_json(v) for k, v in mixed.items()},
+        }
         self._storage.remember("statistics", fact)
         self._c.statistics = _statistics_from(fact)
 
-    def _drift_since(self, number: int | None) -> float:
-        """Relative change of the adapter since the layers were last measured."""
-        if number is None or not self._c.adapter_round:
+    def _drift_since(self, adapter_round: int | None) -> float:
+        """Relative change of the adapter since that of a round, with which layers were measured."""
+        if adapter_round is None or not self._c.adapter_round:
             return 0.0
-        then = read_adapter(self._storage.adapter_path(max(0, number - 1)))
+        then = read_adapter(self._storage.adapter_path(adapter_round))
         now = read_adapter(self._storage.adapter_path(self._c.adapter_round))
         return relative_drift(then, now)
 

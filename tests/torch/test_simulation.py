@@ -1,5 +1,6 @@
 """Simulated runs of a tiny model: what must not make a difference does not, and what must does."""
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,6 @@ NUM_LAYERS = 4
 Adapter = dict[str, np.ndarray]
 
 
-@pytest.fixture(scope="module")
-def tools() -> Tools:
-    return Tools()
-
-
 class Fleet:
     """Makes simulations that differ from one another by what is given."""
 
@@ -31,7 +27,11 @@ class Fleet:
         self._folder, self._model, self._texts, self._tools = folder, model, texts, tools
 
     def simulation(
-        self, *num_layers: float, tools: Tools | None = None, **tables: Any
+        self,
+        *num_layers: float,
+        evaluated: bool = False,
+        tools: Tools | None = None,
+        **tables: Any,
     ) -> Simulation:
         """Devices that hold so many layers, the first of them with the text that counts."""
         data = [self._texts["counting-train"], self._texts["letters-train"]]
@@ -45,7 +45,10 @@ class Fleet:
                 "learning_rate": 5e-3,
             },
             "run": {"num_rounds": 2},
-            "data": {"eval": [self._texts["counting-held_out"]], "max_eval_sequences": 4},
+            "data": {
+                "calibration": [self._texts["counting-held_out"]],
+                "eval": [self._texts["counting-held_out"]] if evaluated else [],
+            },
             "devices": [
                 {"name": f"device-{index}", "data": [data[index % 2]], "num_layers": count}
                 for index, count in enumerate(num_layers)
@@ -63,10 +66,17 @@ class Fleet:
         simulation.run()
         return dict(simulation.adapter)
 
+    @cached_property
+    def adapter_of_full(self) -> Adapter:
+        """What a run ends with whose devices train everything, without any method."""
+        return self.adapter(9, 9, profile="full")
 
-@pytest.fixture
-def fleet(tmp_path: Path, small_model: Path, texts: dict[str, Path], tools: Tools) -> Fleet:
-    return Fleet(tmp_path, small_model, texts, tools)
+
+@pytest.fixture(scope="module")
+def fleet(
+    tmp_path_factory: pytest.TempPathFactory, small_model: Path, texts: dict[str, Path]
+) -> Fleet:
+    return Fleet(tmp_path_factory.mktemp("fleet"), small_model, texts, Tools())
 
 
 def same_bits(one: Adapter, other: Adapter) -> bool:
@@ -89,17 +99,17 @@ def test_where_every_device_holds_everything_all_methods_are_one(
     fleet: Fleet, options: dict[str, Any]
 ) -> None:
     # More than all layers: bridges and sweeps are planned for, though nothing is dropped.
-    plain = fleet.simulation(9, 9, profile="full")
-    plain.run()
-    assert same_bits(dict(plain.adapter), fleet.adapter(9, 9, **options))
-    moved = [np.abs(v).max() > 0 for k, v in plain.adapter.items() if k.endswith("lora_B")]
+    found = fleet.adapter(9, 9, **options)
+    assert same_bits(fleet.adapter_of_full, found)
+    moved = [np.abs(v).max() > 0 for k, v in found.items() if k.endswith("lora_B")]
     assert len(moved) == 7 * NUM_LAYERS
     assert all(moved)
 
 
 def test_methods_differ_where_devices_cannot_hold_everything(fleet: Fleet) -> None:
     def adapter(policy: Policy) -> Adapter:
-        return fleet.adapter(4, 2.5, plan={"policy": policy, "protect": ()})
+        plan = {"policy": policy, "correction": False}
+        return fleet.adapter(4, 2.5, plan=plan, run={"num_rounds": 1})
 
     full = adapter(Policy.FULL)
     assert not same_bits(full, adapter(Policy.DEPTH))
@@ -109,10 +119,10 @@ def test_methods_differ_where_devices_cannot_hold_everything(fleet: Fleet) -> No
 
 def test_equal_seeds_give_equal_runs_and_other_seeds_do_not(fleet: Fleet) -> None:
     options = {"profile": "paper", "run": {"num_rounds": 2, "seed": 7}}
-    first = fleet.simulation(4, 2.5, **options)
+    first = fleet.simulation(4, 2.5, evaluated=True, **options)
     results = first.run()
     # In a process that has done nothing else; the first one's tools are warm.
-    second = fleet.simulation(4, 2.5, tools=Tools(), **options)
+    second = fleet.simulation(4, 2.5, evaluated=True, tools=Tools(), **options)
     again = second.run()
     assert [r.plans for r in results] == [r.plans for r in again]
     assert [r.losses for r in results] == [r.losses for r in again]
@@ -153,7 +163,7 @@ def test_a_rank_is_to_the_whole_as_the_layers_that_the_device_could_hold(
 def test_a_full_submodel_is_worth_what_the_model_is_whatever_was_asked_before(
     fleet: Fleet,
 ) -> None:
-    simulation = fleet.simulation(4, 2.5, run={"num_rounds": 1})
+    simulation = fleet.simulation(4, 2.5, evaluated=True, run={"num_rounds": 1})
     (result,) = simulation.run()
     full = Submodel.full(NUM_LAYERS)
     ends = Submodel.of(NUM_LAYERS, [ComponentId(i, k) for i in (0, 3) for k in Kind])

@@ -112,13 +112,12 @@ def test_the_full_model_has_nothing_to_bridge(bridge):
 @pytest.mark.parametrize("granularity", Granularity)
 def test_whatever_the_budget_the_predicted_peak_is_within_it(bridge, granularity):
     settings = bridged(bridge, granularity=granularity, bridge_bytes_per_run=MIB // 3)
-    for quarters in range(4 * 24, 4 * 40):
-        budget = quarters / 4
+    for budget in (25, 27.5, 29.5, 30.2, 33):
         assert plan(budget, settings).predicted_peak_bytes <= budget * MIB
 
 
 def test_a_sweep_never_changes_which_layers_are_kept():
-    for budget in range(23, 36):
+    for budget in (23, 26, 29, 31):
         assert plan(budget, bridged(CORRECTED)).submodel == plan(budget).submodel
 
 
@@ -184,7 +183,7 @@ def test_without_streaming_nothing_is_streamed():
 
 
 def test_halves_of_a_layer_are_held_or_streamed_together():
-    for budget in range(33, 60):
+    for budget in (33, 41, 50, 56, 57):
         found = streams(budget, HALVES)
         assert found.submodel.is_full
         peak = streamed_peak_bytes(DEEP, found.streamed, floor_bytes=FLOOR)
