@@ -73,17 +73,18 @@ def _cells(arguments: argparse.Namespace, records: list[Record]) -> Iterator[Cel
     wanted = set(arguments.methods or ALL)
     first = arguments.first_seed
     seeds = range(first, first + arguments.seeds)
-    some = seeds[:4]
+    some = seeds[:3]
     rest = [name for name in (*ABLATIONS, *BRIDGES) if name not in FIRST_ABLATIONS]
     in_sev = [name for name in PRIMARY if name != "exclusive"]  # nobody would take part
     blocks: list[tuple[Iterable[int], str, Iterable[str]]] = [
         (seeds, "sev", in_sev),
         (some, "sev", SECONDARY),
-        (seeds, "mod", PRIMARY),
+        (some, "mod", PRIMARY),
         (some, "sev", FIRST_ABLATIONS),
+        (seeds, "mod", PRIMARY),
         (some, "sev", OTHERS),
         (some, "mod", SECONDARY),
-        (seeds, "sev", SECONDARY),
+        (seeds, "sev", [*SECONDARY, *FIRST_ABLATIONS]),
         (some, "sev", rest),
     ]
     for seed, budgets, name in (

@@ -7,7 +7,7 @@ from typing import Any
 
 import grpc
 import pytest
-from programs import NUM_LAYERS, Program, address_of, server_config, when_ready
+from programs import NUM_LAYERS, Program, address_of, server_config
 
 from fedpruner_common import rpc
 from fedpruner_common.errors import (
@@ -115,7 +115,6 @@ def server(
 def devices(server: Program) -> tuple[FakeDevice, FakeDevice]:
     """Two devices, both asked about their layers before round 1."""
     address = address_of(server)
-    when_ready(address)
     mallory, alice = FakeDevice(address, "mallory"), FakeDevice(address, "alice")
     for device in (mallory, alice):
         assert device.pull("probe").task_id == f"probe-1-{device.client_id}"

@@ -14,7 +14,9 @@ from programs import NUM_LAYERS, address_of, server_config
 # What a device holds is computed with torch in this process; see tests/torch/conftest.py.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings(
+        "ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning"
+    ),
 ]
 
 # Batch and sequence large enough that half a layer is more than the floor's own variation.

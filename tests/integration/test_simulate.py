@@ -22,7 +22,9 @@ from fedpruner_simulate.simulation import RoundResult, Simulation
 # A simulation has torch in this process; see tests/torch/conftest.py.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings(
+        "ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning"
+    ),
 ]
 
 # Batch and sequence large enough that half a layer is more than the floor's own variation.

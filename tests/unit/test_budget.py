@@ -1,6 +1,7 @@
 """The byte model on a profile whose every number is small and round."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from toy_model import component
@@ -236,5 +237,5 @@ def test_beyond_the_first_every_streamed_layer_of_a_model_of_equal_ones_makes_th
         gradient_checkpointing=checkpointing,
     )
     peaks = [streamed_peak(profile, *range(count)) for count in range(1, 7)]
-    assert all(after < before for before, after in zip(peaks, peaks[1:], strict=False))
+    assert all(after < before for before, after in pairwise(peaks))
     assert peaks[-1] < streamed_peak(profile)

@@ -68,7 +68,7 @@ def test_nothing_of_this_projects_own_is_in_a_method_that_it_is_compared_with(na
     assert plan.coverage is Coverage.OFF
     assert plan.protect == ()
     assert plan.bridge.value == "off"
-    assert not (plan.correction or plan.streaming or plan.joint)
+    assert (plan.correction, plan.streaming, plan.joint) == (False, False, False)
 
 
 def test_the_paper_draws_from_spectral_groups_by_the_rise_of_the_loss_on_the_devices():

@@ -157,7 +157,7 @@ def test_a_similarity_outside_0_to_1_is_refused(value):
 
 @pytest.mark.parametrize("count", [0, 101, 2**64 - 1])
 def test_more_tokens_than_were_asked_for_would_drown_the_other_devices(count):
-    with pytest.raises(InvalidUpdate, match="num_tokens is .* expected 1 to 100"):
+    with pytest.raises(InvalidUpdate, match="expected 1 to 100"):
         check_layers(num_tokens=count)
 
 
