@@ -215,7 +215,7 @@ class Simulation:
         started = time.monotonic()
         run = self.settings.run
         cohort = choose_cohort(
-            self.offers, run.clients_per_round, seed=run.seed, round_number=number
+            self._able(), run.clients_per_round, seed=run.seed, round_number=number
         )
         statistics = self._measured(number, cohort)
         ages = method.ages(self._state.held, self.spec.num_layers, before=number)
@@ -229,8 +229,6 @@ class Simulation:
         )
         plans = {c: p for c, p in results.items() if not isinstance(p, BudgetTooSmall)}
         left_out = {c: str(p) for c, p in results.items() if isinstance(p, BudgetTooSmall)}
-        if not plans and len(left_out) == len(self.offers):
-            raise RunFailed(f"no device can take part: {next(iter(left_out.values()))}")
         files = self._fit_bridges(plans)
         updates, metrics = [], {}
         for client_id, plan in plans.items():
@@ -254,6 +252,30 @@ class Simulation:
             left_out=left_out,
             seconds=time.monotonic() - started,
         )
+
+    def _able(self) -> list[str]:
+        """Devices that can hold some submodel; the others are told so when they ask for a task.
+
+        Raises:
+            RunFailed: there are none.
+        """
+        settings = method.plan_settings(self.settings, self.spec)
+        able, reasons = [], []
+        for name, offer in self.offers.items():
+            try:
+                fit(
+                    self.spec,
+                    settings,
+                    budget_bytes=offer.budget_bytes,
+                    floor_bytes=offer.floor_bytes,
+                )
+            except BudgetTooSmall as error:
+                reasons.append(str(error))
+            else:
+                able.append(name)
+        if not able:
+            raise RunFailed(f"no device can take part: {reasons[0]}")
+        return able
 
     def _task(self, client_id: str, plan: ClientPlan, number: int) -> Task:
         task = method.make_task(

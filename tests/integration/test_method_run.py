@@ -8,7 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 from blake3 import blake3
-from federation import MARGIN, Federation, Row, Start, assert_equal_bits, budgets, wait_for_all
+from federation import (
+    MARGIN,
+    WAIT_S,
+    Federation,
+    Row,
+    Start,
+    assert_equal_bits,
+    budgets,
+    wait_for_all,
+)
 from programs import NUM_LAYERS, address_of, server_config
 
 # What a device holds is computed with torch in this process; see tests/torch/conftest.py.
@@ -26,7 +35,7 @@ _ALL = "4GiB"
 _NUM_LAYERS_SMALL = 2.6
 
 
-def _until(condition: Callable[[], bool], what: str, timeout_s: float = 60.0) -> None:
+def _until(condition: Callable[[], bool], what: str, timeout_s: float = WAIT_S) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, what
@@ -56,15 +65,15 @@ def test_a_survey_begins_anew_after_a_restart_and_goes_on_without_a_device_that_
     address = address_of(server)
     doomed = federation.agent(address, "doomed", texts["counting-train"], budget=_ALL)
     steady = federation.agent(address, "steady", texts["letters-train"], budget=_ALL)
-    server.wait_for("round 1: measuring the layers (cohort)")
+    server.wait_for("round 1: measuring the layers (cohort)", WAIT_S)
     server.kill()
     assert "task" not in server.output()
     server = federation.server(_at(config, address))
-    server.wait_for("round 1: measuring the layers (cohort)")
-    server.wait_for("layers measured client=doomed")
-    server.wait_for("layers measured client=steady")
+    server.wait_for("round 1: measuring the layers (cohort)", WAIT_S)
+    server.wait_for("layers measured client=doomed", WAIT_S)
+    server.wait_for("layers measured client=steady", WAIT_S)
 
-    doomed.wait_for("update sent")
+    doomed.wait_for("update sent", WAIT_S)
     num_asked = doomed.output().count("measuring the layers")
     _until(lambda: doomed.output().count("measuring the layers") > num_asked, "no second survey")
     doomed.kill()
@@ -123,7 +132,7 @@ def test_bridges_travel_once_a_round_and_outlive_a_killed_server(
     server = killed.server(config)
     address = address_of(server)
     agents = {n: killed.agent(address, n, data[n], budget=small) for n in data}
-    server.wait_for("round 2 of 3")
+    server.wait_for("round 2 of 3", WAIT_S)
     agents["two"].kill()
     server.kill()
     server = killed.server(_at(config, address))
@@ -206,9 +215,9 @@ def test_layers_are_measured_again_after_a_round_that_brought_nothing(
     federation = Federation(start, tmp_path)
     server = federation.server(config)
     agent = federation.agent(address_of(server), "device", own, budget=_ALL)
-    agent.wait_for("update sent")
+    agent.wait_for("update sent", WAIT_S)
     own.write_text("not JSON\n")
-    agent.wait_for("task failed")
+    agent.wait_for("task failed", WAIT_S)
     own.write_text(good)
     wait_for_all(server, agent)
     assert [r["phase"] for r in federation.rows("round")] == ["done", "abandoned", "done", "done"]
