@@ -214,9 +214,11 @@ class Simulation:
     def _round(self, number: int) -> RoundResult:
         started = time.monotonic()
         run = self.settings.run
-        cohort = choose_cohort(
-            self._able(), run.clients_per_round, seed=run.seed, round_number=number
-        )
+        left_out = self._left_out()
+        able = [name for name in self.offers if name not in left_out]
+        if not able:
+            raise RunFailed(f"no device can take part: {next(iter(left_out.values()))}")
+        cohort = choose_cohort(able, run.clients_per_round, seed=run.seed, round_number=number)
         statistics = self._measured(number, cohort)
         ages = method.ages(self._state.held, self.spec.num_layers, before=number)
         results = plan_round(
@@ -228,7 +230,6 @@ class Simulation:
             ages=ages,
         )
         plans = {c: p for c, p in results.items() if not isinstance(p, BudgetTooSmall)}
-        left_out = {c: str(p) for c, p in results.items() if isinstance(p, BudgetTooSmall)}
         files = self._fit_bridges(plans)
         updates, metrics = [], {}
         for client_id, plan in plans.items():
@@ -253,29 +254,17 @@ class Simulation:
             seconds=time.monotonic() - started,
         )
 
-    def _able(self) -> list[str]:
-        """Devices that can hold some submodel; the others are told so when they ask for a task.
-
-        Raises:
-            RunFailed: there are none.
-        """
+    def _left_out(self) -> dict[str, str]:
+        """Devices that cannot hold any submodel, and why: they are told so and never drawn."""
         settings = method.plan_settings(self.settings, self.spec)
-        able, reasons = [], []
+        reasons = {}
         for name, offer in self.offers.items():
+            budget, floor = offer.budget_bytes, offer.floor_bytes
             try:
-                fit(
-                    self.spec,
-                    settings,
-                    budget_bytes=offer.budget_bytes,
-                    floor_bytes=offer.floor_bytes,
-                )
+                fit(self.spec, settings, budget_bytes=budget, floor_bytes=floor)
             except BudgetTooSmall as error:
-                reasons.append(str(error))
-            else:
-                able.append(name)
-        if not able:
-            raise RunFailed(f"no device can take part: {reasons[0]}")
-        return able
+                reasons[name] = str(error)
+        return reasons
 
     def _task(self, client_id: str, plan: ClientPlan, number: int) -> Task:
         task = method.make_task(
