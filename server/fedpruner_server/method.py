@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fedpruner_common.budget import bridge_bytes_per_run
+from fedpruner_common.budget import bridge_bytes_per_run, sweep_peak_bytes
 from fedpruner_common.components import ComponentId, all_components
 from fedpruner_common.manifest import FileInfo, TensorInfo
 from fedpruner_common.spec import ModelSpec
-from fedpruner_common.statistics import FamilyStatistics, Statistics, smoothed
+from fedpruner_common.statistics import FamilyStatistics, Statistics, average, smoothed
 from fedpruner_common.submodel import Submodel
 from fedpruner_common.task import (
     NO_BRIDGE,
@@ -198,6 +198,20 @@ def make_probe(
         seed=settings.run.seed * 1_000_003 + number,
         rms_rows=settings.plan.rms_rows,
     )
+
+
+def can_probe(
+    settings: ServerSettings, spec: ModelSpec, *, budget_bytes: int, floor_bytes: int
+) -> bool:
+    """Whether a device's memory allows a sweep through the full model, which a probe is too."""
+    needed = sweep_peak_bytes(spec.memory, BridgeSettings(corrected=True), floor_bytes=floor_bytes)
+    return needed <= plan_settings(settings, spec).usable_bytes(budget_bytes)
+
+
+def of_everyone(found: Mapping[str, Statistics], names: Iterable[str]) -> dict[str, Statistics]:
+    """Statistics of each device; those that have none get the mean of the others'."""
+    mean = average(list(found.values()), [1.0] * len(found))
+    return {**{name: mean for name in names if name not in found}, **found}
 
 
 def as_sent(statistics: Statistics) -> Statistics:

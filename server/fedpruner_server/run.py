@@ -267,7 +267,12 @@ class Run:
 
     async def _measure_layers(self, number: int, devices: list[Device]) -> None:
         """Measure the layers again when it is time, on public text or on the devices."""
-        remembered = self._storage.fact("statistics") or {"round": None, "adapter": None}
+        plan = self._settings.plan
+        nothing: Json = {"round": None, "adapter": None}
+        measured_as = [plan.statistics, plan.granularity.value, plan.importance.value]
+        remembered: Json = self._storage.fact("statistics") or nothing
+        if remembered.get("as") != measured_as:  # the settings have changed since
+            remembered = nothing
         drift = await asyncio.to_thread(self._drift_since, remembered["adapter"])
         due = method.statistics_due(
             self._settings, number, measured=remembered["round"], drift=drift
@@ -278,13 +283,15 @@ class Run:
             due = due or bool(missing)
         if not due:
             if remembered.get("of"):
-                self._c.statistics = _statistics_from(remembered)
+                self._c.statistics = self._statistics_from(remembered)
             return
         self._c.tell("running", f"round {number}: measuring the layers ({source})")
         if source == "public":
             found = {"public": await self._torch.probe(self._adapter_dir())}
         else:
-            found = await self._survey(number, devices)
+            found = await self._survey(number, self._able_to_probe(devices))
+        if source == "device":
+            found = method.of_everyone(found, [d.client_id for d in devices])
         old = {k: statistics_from_json(v) for k, v in remembered.get("of", {}).items()}
         if source == "cohort":
             weights = [s.cost.num_tokens if s.cost else 1 for s in found.values()]
@@ -293,10 +300,31 @@ class Run:
         fact = {
             "round": number,
             "adapter": self._c.adapter_round,
+            "as": measured_as,
             "of": {k: statistics_to_json(v) for k, v in mixed.items()},
         }
         self._storage.remember("statistics", fact)
-        self._c.statistics = _statistics_from(fact)
+        self._c.statistics = self._statistics_from(fact)
+
+    def _able_to_probe(self, devices: list[Device]) -> list[Device]:
+        spec = self._c.spec
+        assert spec is not None
+        return [
+            d
+            for d in devices
+            if method.can_probe(
+                self._settings,
+                spec,
+                budget_bytes=d.memory_budget_bytes,
+                floor_bytes=d.floor_bytes,
+            )
+        ]
+
+    def _statistics_from(self, fact: Json) -> Statistics | dict[str, Statistics]:
+        """Of one source for all devices, or of each device."""
+        found = {k: statistics_from_json(v) for k, v in fact["of"].items()}
+        source = self._settings.plan.statistics
+        return found if source == "device" else found[source]
 
     def _drift_since(self, adapter_round: int | None) -> float:
         """Relative change of the adapter since that of a round, with which layers were measured."""
@@ -468,10 +496,3 @@ def _missing(found: int, wanted: int, coordinator: Coordinator) -> str:
     if unfit:
         text += f" ({', '.join(sorted(unfit))}: not enough memory, see `fedpruner devices`)"
     return text
-
-
-def _statistics_from(fact: Json) -> Statistics | dict[str, Statistics]:
-    """Of one source for all devices, or of each device."""
-    found = {k: statistics_from_json(v) for k, v in fact["of"].items()}
-    (only,) = found.values() if set(found) <= {"public", "cohort"} else (None,)
-    return only if only is not None else found

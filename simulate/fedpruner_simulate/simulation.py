@@ -374,11 +374,23 @@ class Simulation:
                 rms_rows=settings.plan.rms_rows,
             )
             return {"public": statistics}
-        found = {name: self._probe_device(number, name) for name in cohort}
+        able = [name for name in cohort if self._can_probe(name)]
+        if not able:
+            raise RunFailed("no device could measure its layers: too little memory for a sweep")
+        found = {name: self._probe_device(number, name) for name in able}
         if settings.plan.statistics == "device":
-            return found
+            return method.of_everyone(found, cohort)
         weights = [s.cost.num_tokens if s.cost else 1 for s in found.values()]
         return {"cohort": average(list(found.values()), weights)}
+
+    def _can_probe(self, name: str) -> bool:
+        offer = self.offers[name]
+        return method.can_probe(
+            self.settings,
+            self.spec,
+            budget_bytes=offer.budget_bytes,
+            floor_bytes=offer.floor_bytes,
+        )
 
     def _probe_device(self, number: int, name: str) -> Statistics:
         task = method.make_probe(
