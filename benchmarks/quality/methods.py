@@ -95,6 +95,7 @@ ABLATIONS: dict[str, Method] = {
         aggregation={"server_optimizer": "fedadam", "server_learning_rate": 0.01}
     ),
     "fedprox, mu = 0.1": _variant(training={"proximal_mu": 0.1}),
+    "lora.r = 8, twice the upload": _variant(lora={"r": 8, "lora_alpha": 16}),
 }
 
 # Bridges without correction, for the ladder of bridges.

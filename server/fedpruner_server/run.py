@@ -290,6 +290,16 @@ class Run:
             found = {"public": await self._torch.probe(self._adapter_dir())}
         else:
             found = await self._survey(number, self._able_to_probe(devices))
+        for name, statistics in found.items():
+            if cost := statistics.cost:
+                self._log.info(
+                    "layers measured",
+                    round=number,
+                    on=name,
+                    seconds=round(cost.seconds, 2),
+                    tokens=cost.num_tokens,
+                    bytes_read=cost.bytes_read,
+                )
         if source == "device":
             found = method.of_everyone(found, [d.client_id for d in devices])
         old = {k: statistics_from_json(v) for k, v in remembered.get("of", {}).items()}
