@@ -70,7 +70,7 @@ class Admin(AdminServicer):
 
     async def Plan(self, request: pb.PlanRequest, _: Any) -> pb.PlanReply:
         spec, statistics, settings = self._c.spec, self._c.statistics, self._c.plan_settings()
-        if spec is None or statistics is None:
+        if spec is None:
             raise Unavailable(f"the coordinator is still {self._c.explanation}")
         smallest = max(1, len(settings.protected(spec.num_layers)))
         families = settings.granularity.families
@@ -84,9 +84,11 @@ class Admin(AdminServicer):
             rows=rows,
             margin=settings.margin,
         )
+        if request.memory_budget_bytes and statistics is None:
+            raise Unavailable("the layers have not been measured yet: no device has joined")
         if isinstance(statistics, Mapping):  # every device has its own: show one of them
             statistics = statistics[min(statistics)]
-        if request.memory_budget_bytes:
+        if request.memory_budget_bytes and statistics is not None:
             plan = plan_client(
                 spec,
                 statistics,

@@ -277,11 +277,10 @@ class Run:
         due = method.statistics_due(
             self._settings, number, measured=remembered["round"], drift=drift
         )
-        source = self._settings.plan.statistics
-        if source == "device":
-            missing = [d for d in devices if d.client_id not in remembered.get("of", {})]
-            due = due or bool(missing)
-        if not due:
+        source, asked = plan.statistics, devices
+        if not due and source == "device":
+            asked = [d for d in devices if d.client_id not in remembered.get("of", {})]
+        if not due and (source != "device" or not asked):
             if remembered.get("of"):
                 self._c.statistics = self._statistics_from(remembered)
             return
@@ -289,7 +288,7 @@ class Run:
         if source == "public":
             found = {"public": await self._torch.probe(self._adapter_dir())}
         else:
-            found = await self._survey(number, self._able_to_probe(devices))
+            found = await self._survey(number, self._able_to_probe(asked))
         for name, statistics in found.items():
             if cost := statistics.cost:
                 self._log.info(
@@ -301,15 +300,15 @@ class Run:
                     bytes_read=cost.bytes_read,
                 )
         if source == "device":
-            found = method.of_everyone(found, [d.client_id for d in devices])
+            found = method.of_everyone(found, [d.client_id for d in asked])
         old = {k: statistics_from_json(v) for k, v in remembered.get("of", {}).items()}
         if source == "cohort":
             weights = [s.cost.num_tokens if s.cost else 1 for s in found.values()]
             found = {"cohort": average(list(found.values()), weights)}
         mixed = method.mixed(self._settings, old, found)
         fact = {
-            "round": number,
-            "adapter": self._c.adapter_round,
+            "round": number if due else remembered["round"],
+            "adapter": self._c.adapter_round if due else remembered["adapter"],
             "as": measured_as,
             "of": {k: statistics_to_json(v) for k, v in mixed.items()},
         }
@@ -452,6 +451,7 @@ class Run:
         for row in record.rows():
             self._storage.add_metrics(row)
         self._c.close_round(seconds=record.seconds)
+        self._storage.drop_bridges()
         self._log.info("round closed", round=number, loss=record.loss, phase=current.phase.value)
 
     def _check_hope(self, number: int) -> None:

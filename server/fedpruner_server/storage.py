@@ -109,6 +109,10 @@ class Storage:
         """Delete a round's updates, which its adapter has absorbed."""
         shutil.rmtree(self.update_path(round_number, "any").parent, ignore_errors=True)
 
+    def drop_bridges(self) -> None:
+        """Delete the bridges of a round that is over; the next has its own."""
+        shutil.rmtree(self.bridge_path("any").parent, ignore_errors=True)
+
     def add_metrics(self, row: Json) -> None:
         """Append a line to metrics.jsonl."""
         with (self.state_dir / "metrics.jsonl").open("a") as file:

@@ -17,7 +17,7 @@ from fedpruner_common.task import ProbeTask, Task, UpdateMetrics
 from fedpruner_server.coordinator import Coordinator
 from fedpruner_server.core import round as rounds
 from fedpruner_server.core import validation
-from fedpruner_server.core.planning import fit
+from fedpruner_server.core.planning import fit_somehow
 from fedpruner_server.core.round import Outcome, Phase
 from fedpruner_server.export import read_adapter
 from fedpruner_server.history import ClientRecord
@@ -105,7 +105,7 @@ class Tasks:
         if self._c.spec is None:
             return
         try:
-            fit(
+            fit_somehow(
                 self._c.spec,
                 self._c.plan_settings(),
                 budget_bytes=device.memory_budget_bytes,

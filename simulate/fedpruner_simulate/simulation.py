@@ -42,7 +42,7 @@ from fedpruner_server.core.aggregation import (
 )
 from fedpruner_server.core.cohort import choose_cohort
 from fedpruner_server.core.drift import relative_drift
-from fedpruner_server.core.planning import ClientPlan, Policy, fit, plan_round
+from fedpruner_server.core.planning import ClientPlan, Policy, fit, fit_somehow, plan_round
 from fedpruner_server.describe import describe
 from fedpruner_server.evaluate import Evaluator
 from fedpruner_server.export import export_peft, read_adapter, write_adapter
@@ -261,7 +261,7 @@ class Simulation:
         for name, offer in self.offers.items():
             budget, floor = offer.budget_bytes, offer.floor_bytes
             try:
-                fit(self.spec, settings, budget_bytes=budget, floor_bytes=floor)
+                fit_somehow(self.spec, settings, budget_bytes=budget, floor_bytes=floor)
             except BudgetTooSmall as error:
                 reasons[name] = str(error)
         return reasons
@@ -351,8 +351,11 @@ class Simulation:
         state, source = self._state, self.settings.plan.statistics
         drift = relative_drift(state.adapter_then, state.adapter) if state.adapter_then else 0.0
         due = method.statistics_due(self.settings, number, measured=state.measured, drift=drift)
-        if source == "device":
-            due = due or any(name not in state.statistics for name in cohort)
+        if not due and source == "device":
+            missing = tuple(name for name in cohort if name not in state.statistics)
+            if missing:
+                found = self._probe(number, missing)
+                state.statistics = method.mixed(self.settings, state.statistics, found)
         if due:
             found = self._probe(number, cohort)
             state.statistics = method.mixed(self.settings, state.statistics, found)

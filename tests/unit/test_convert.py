@@ -174,6 +174,7 @@ PROBE = ProbeTask(
     max_seq_length=128,
     dtype="auto",
     seed=2**63,
+    rms_rows=False,
 )
 
 

@@ -259,7 +259,7 @@ def test_every_other_training_option_arrives_as_it_is():
 
 def test_a_probe_asks_for_what_the_settings_say_on_the_full_model():
     settings = settings_of(
-        plan={"granularity": "component", "importance": "bi"},
+        plan={"granularity": "component", "importance": "bi", "rms_rows": False},
         data={"num_calibration_sequences": 5},
         training={"max_seq_length": 33, "dtype": "float32"},
         run={"seed": 2},
@@ -271,6 +271,7 @@ def test_a_probe_asks_for_what_the_settings_say_on_the_full_model():
     assert (probe.granularity, probe.score, probe.dtype) == ("component", "bi", "float32")
     assert (probe.num_sequences, probe.max_seq_length, probe.seed) == (5, 33, 2_000_009)
     assert probe.lora.r == 6
+    assert not probe.rms_rows
     assert probe.lora.target_modules == tuple(
         f"{layer}.{kind}.proj" for layer in range(3) for kind in ("attention", "ffn")
     )

@@ -247,7 +247,7 @@ def plan_round(
     for offer in ordered:
         own = statistics if isinstance(statistics, Statistics) else statistics[offer.client_id]
         try:
-            sizes = fit(
+            sizes = fit_somehow(
                 spec, settings, budget_bytes=offer.budget_bytes, floor_bytes=offer.floor_bytes
             )
         except BudgetTooSmall as error:
@@ -741,6 +741,26 @@ def fit(
         if not fitting:
             return sizes
         sizes = fitting[0]
+
+
+def fit_somehow(
+    spec: ModelSpec, settings: PlanSettings, *, budget_bytes: int, floor_bytes: int
+) -> dict[Family, int]:
+    """As `fit`; where not even the smallest submodel fits but streaming all layers does, that one.
+
+    Raises:
+        BudgetTooSmall: nothing fits.
+    """
+    try:
+        return fit(spec, settings, budget_bytes=budget_bytes, floor_bytes=floor_bytes)
+    except BudgetTooSmall:
+        everything = range(spec.num_layers)
+        needed = streamed_peak_bytes(spec.memory, everything, floor_bytes=floor_bytes)
+        by_layer = settings.granularity is Granularity.LAYER  # halves are packed into what fits
+        if not (settings.streaming and by_layer) or needed > settings.usable_bytes(budget_bytes):
+            raise
+    smallest = max(1, len(settings.protected(spec.num_layers)))
+    return dict.fromkeys(settings.granularity.families, smallest)
 
 
 def peak_of_sizes(
