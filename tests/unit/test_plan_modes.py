@@ -198,3 +198,15 @@ def test_a_streaming_plan_leaves_the_margin_free():
 def test_a_device_too_small_for_any_submodel_is_refused_with_streaming_too():
     with pytest.raises(BudgetTooSmall, match="1 MiB short"):
         streams(28)
+
+
+def test_a_device_too_small_for_the_protected_layers_streams_if_that_fits():
+    # both ends protected: the smallest submodel takes 38, streaming all layers 33
+    protected = replace(STREAMING, protect=(0, -1))
+    found = streams(35, protected)
+    assert found.submodel.is_full
+    assert found.streamed == (0, 1, 2, 3)
+    assert found.predicted_peak_bytes == 33 * MIB
+    for settings in (replace(protected, streaming=False), protected):
+        with pytest.raises(BudgetTooSmall, match="short of the smallest submodel"):
+            streams(35 if not settings.streaming else 32, settings)

@@ -125,3 +125,12 @@ def test_a_file_made_durable_takes_the_place_of_the_old_one(tmp_path):
     make_durable(tmp_path / "new", tmp_path / "final")
     assert (tmp_path / "final").read_text() == "new"
     assert not (tmp_path / "new").exists()
+
+
+def test_the_bridges_of_a_round_that_is_over_go(storage):
+    storage.drop_bridges()  # nothing there: nothing happens
+    path = storage.bridge_path("0" * 64)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"x")
+    storage.drop_bridges()
+    assert not path.exists()
