@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 from blake3 import blake3
 from federation import (
     MARGIN,
@@ -19,14 +18,6 @@ from federation import (
     wait_for_all,
 )
 from programs import NUM_LAYERS, address_of, server_config
-
-# What a device holds is computed with torch in this process; see tests/torch/conftest.py.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings(
-        "ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning"
-    ),
-]
 
 # Batch and sequence large enough that half a layer is more than the floor's own variation.
 _TRAINING = {"per_device_train_batch_size": 16, "max_seq_length": 256}

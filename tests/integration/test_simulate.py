@@ -20,13 +20,6 @@ from fedpruner_simulate.fleet import SimulationSettings
 from fedpruner_simulate.simulation import RoundResult, Simulation
 
 # A simulation has torch in this process; see tests/torch/conftest.py.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings(
-        "ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning"
-    ),
-]
-
 # Batch and sequence large enough that half a layer is more than the floor's own variation.
 _TRAINING = {"per_device_train_batch_size": 16, "max_seq_length": 256}
 

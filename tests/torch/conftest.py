@@ -16,18 +16,6 @@ torch.set_num_threads(1)
 transformers.logging.disable_progress_bar()
 transformers.logging.set_verbosity_error()  # as the project's own torch processes do
 
-_FILTERS = (
-    # PEFT 0.21 asks transformers 5.23 for a property by its old name whenever it wraps a model.
-    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
-    # transformers 5.23 has a new name for it; the old one is all that 5.0 knows.
-    "ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning",
-)
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    for line in _FILTERS:
-        config.addinivalue_line("filterwarnings", line)
-
 
 @pytest.fixture(scope="session")
 def zoo(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TinyModel]:
