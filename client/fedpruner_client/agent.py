@@ -181,8 +181,8 @@ class Agent:
         heartbeat.working_on("", "waiting")
         idle_s = time.monotonic() - self._idle_since
         if self._trainer.pid and idle_s >= self._settings.idle_s:
-            self._log.info("idle: the training process ends, its memory is free again")
             self._trainer.close()
+            self._log.info("idle: the training process has ended, its memory is free again")
 
     def _work(self, task: Task | ProbeTask, connection: Connection, heartbeat: Heartbeat) -> None:
         """Do one task, or tell the coordinator why not."""

@@ -1,7 +1,10 @@
 """The method's options in runs with real processes: what they move, and what they survive."""
 
+import json
+import sqlite3
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -95,9 +98,15 @@ def test_bridges_travel_once_a_round_and_outlive_a_killed_server(
     data = {"one": texts["counting-train"], "two": texts["letters-train"]}
 
     def bridges(federation: Federation) -> dict[str, bytes]:
-        """Content of every bridge file that the coordinator made, by name."""
-        folder = federation.state_dir / "bridges"
-        return {path.stem: path.read_bytes() for path in folder.iterdir()}
+        """Content of every bridge file that the journal names, by hash, as a device has it."""
+        with closing(sqlite3.connect(federation.state_dir / "journal.sqlite")) as database:
+            rows = database.execute("SELECT data FROM events WHERE type = 'CohortChosen'")
+            plans = [p for (d,) in rows for p in json.loads(d)["extra"]["plans"].values()]
+        # The coordinator keeps none when the round is over.
+        assert not (federation.state_dir / "bridges").exists()
+        hashes = {plan["bridge_file"]["hash"] for plan in plans}
+        cache = federation.folder / "one" / "cache"
+        return {name: (cache / name[:2] / name).read_bytes() for name in hashes}
 
     def cached(federation: Federation, state: str) -> set[str]:
         return {path.name for path in (federation.folder / state / "cache").glob("??/*")}

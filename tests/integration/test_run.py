@@ -98,7 +98,7 @@ def test_two_unequal_devices_train_one_model(
     server.wait_for("waiting for 1 of 2 agents")
     assert ask("status", address)["explanation"] == "waiting for 1 of 2 agents"
     # While the device waits, its training process is gone and the agent itself is small.
-    big.wait_for("idle: the training process ends")
+    big.wait_for("idle: the training process has ended")
     agent = psutil.Process(big.pid)
     assert not agent.children()
     agent_memory = agent.memory_info().rss
