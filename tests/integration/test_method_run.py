@@ -67,12 +67,14 @@ def test_a_survey_begins_anew_after_a_restart_and_goes_on_without_a_device_that_
     server.wait_for("layers measured client=doomed", WAIT_S)
     server.wait_for("layers measured client=steady", WAIT_S)
 
-    doomed.wait_for("update sent", WAIT_S)
+    # Counted before round 1 ends: the next survey may begin as soon as the last update is in.
     num_asked = doomed.output().count("measuring the layers")
+    doomed.wait_for("update sent", WAIT_S)
     _until(lambda: doomed.output().count("measuring the layers") > num_asked, "no second survey")
     doomed.kill()
     wait_for_all(server, steady)
-    assert server.output().count("layers measured client=doomed") == 1
+    # Killed while it measured, or just after it answered.
+    assert server.output().count("layers measured client=doomed") in (1, 2)
     assert server.output().count("layers measured client=steady") == 2
     outcomes = {(r["round"], r["client_id"]): r["outcome"] for r in federation.rows("client")}
     assert outcomes == {
