@@ -1,8 +1,8 @@
 """`python -m benchmarks.quality`: run what is missing of the grid.
 
-Every finished run is a line of `benchmarks/results/quality-<domain>.jsonl`; what is there is not
-run again, so the grid may be stopped and started at any time, and several processes may share it.
-`python -m benchmarks.quality.report` makes the page of results.
+Every finished run is a line of `benchmarks/results/quality-<domain>[-<model>].jsonl`; what is there
+is not run again, so the grid may be stopped and started at any time, and several processes may
+share it. `python -m benchmarks.quality.report` makes the page of results.
 """
 
 import argparse
@@ -60,17 +60,27 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--num-rounds", type=int, default=8)
     parser.add_argument("--jobs", type=int, default=2, help="processes, one thread each")
     parser.add_argument("--minutes", type=float, default=1e9, help="start no run after so long")
-    parser.add_argument("--methods", nargs="*", help="only these")
+    parser.add_argument("--methods", nargs="*", choices=list(ALL), help="only these")
     return parser.parse_args()
+
+
+def _wanted(arguments: argparse.Namespace) -> set[str]:
+    return set(arguments.methods or ALL)
+
+
+def _to_tune(arguments: argparse.Namespace) -> list[str]:
+    """Methods whose rate some wanted method takes."""
+    needed = {ALL[name].tuned_as or name for name in _wanted(arguments)}
+    return [method for method in tuned_methods() if method in needed]
 
 
 def _cells(arguments: argparse.Namespace, records: list[Record]) -> Iterator[Cell]:
     """Runs that are still to be done, in the order of what they are worth."""
-    for method in tuned_methods():
+    for method in _to_tune(arguments):
         for rate in missing_rates(method, records):
             yield Cell(method, "sev", TUNING_SEED, rate)
     rates = best_rates(records)
-    wanted = set(arguments.methods or ALL)
+    wanted = _wanted(arguments)
     first = arguments.first_seed
     seeds = range(first, first + arguments.seeds)
     some = seeds[:3]
@@ -107,7 +117,8 @@ def _work(arguments: argparse.Namespace) -> None:
     else:
         domain = domains.headers(folder / "text")
     shape = Shape(arguments.model, arguments.num_layers, arguments.num_rounds)
-    path = RESULTS / f"quality-{domain.name}.jsonl"
+    of_model = "" if arguments.model == DEMO_MODEL else f"-{arguments.model.name}"
+    path = RESULTS / f"quality-{domain.name}{of_model}.jsonl"
     while time.monotonic() < ends:
         cell = _next(arguments, path)
         if cell is None:
@@ -137,7 +148,7 @@ def _next(arguments: argparse.Namespace, path: Path) -> Cell | None:
                 if cell.key not in done and not (owner and Path(f"/proc/{owner}").exists()):
                     taken_file.write(f"{os.getpid()}\t{cell.key}\n")
                     return cell
-        if len(best_rates(records)) == len(tuned_methods()):
+        if not any(missing_rates(method, records) for method in _to_tune(arguments)):
             return None
         time.sleep(5)  # another process is still tuning, and what is next depends on it
 
