@@ -18,6 +18,7 @@ from fedpruner_common.errors import (
     Busy,
     CorruptChunk,
     FedPrunerError,
+    Unauthenticated,
     Unavailable,
     UnknownClient,
 )
@@ -75,7 +76,7 @@ class Connection:
         self._stub = FederationStub(channel)
         self._session = ""
         self.heartbeat_interval_s = 1.0  # until the coordinator says
-        self._registering = threading.Lock()
+        self._registering = threading.RLock()  # joining retries, and retrying asks for the session
         self._log = get_logger()
 
     def close(self) -> None:
@@ -270,6 +271,11 @@ class Connection:
         except grpc.RpcError as error:
             raise error_of(error) from error
 
+    def _renewed_since(self, session: str) -> bool:
+        """Whether our own agent has another session by now; waits while it is joining."""
+        with self._registering:
+            return session != self._session
+
     def _retry(self, call: Callable[[], T], what: str) -> T:
         """Call until the coordinator answers: pauses double up to the limit, with jitter."""
         failures = 0
@@ -282,6 +288,8 @@ class Connection:
             if isinstance(error, UnknownClient) and session:  # the coordinator was restarted
                 self.register(instead_of=session)
                 continue
+            if isinstance(error, Unauthenticated) and self._renewed_since(session):
+                continue  # our other thread joined again while this call was under way
             if not isinstance(error, (Unavailable, Busy)):
                 raise error
             failures += 1
