@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 from fedpruner_client.cache import Cache
 from fedpruner_client.config import AgentSettings
@@ -14,6 +15,7 @@ from fedpruner_common.errors import (
     BudgetTooSmall,
     ChildDied,
     FedPrunerError,
+    OutOfMemory,
     StaleRound,
     Unauthenticated,
     UnknownClient,
@@ -27,6 +29,8 @@ from fedpruner_common.units import format_bytes
 
 _ADAPTER_HEADROOM_BYTES = 16 << 20  # the safetensors header of the largest adapters
 _STAY_PAUSE_S = 10.0
+# Free memory comes and goes: only beyond these ratios is it another offer.
+_LESS, _MORE = 0.97, 1.1
 
 
 class Heartbeat(threading.Thread):
@@ -99,6 +103,7 @@ class Agent:
         self._trainer = Trainer(settings)
         self._cache = Cache(settings.state_dir / "cache", limit_bytes=settings.cache_limit)
         self._log = get_logger()
+        self._baseline: Baseline | None = None
         self._idle_since = time.monotonic()
 
     def run(self) -> int:
@@ -138,24 +143,52 @@ class Agent:
         """What this device can bring, measured now."""
         self._log.info("measuring what the training process needs before any model")
         baseline: Baseline = self._trainer.measure()
-        if baseline.memory_kind == "cuda":
-            free = baseline.available_bytes
-        else:
-            # The warm training process is among what is used now, and its floor is in the budget.
-            free = available_bytes() + baseline.floor_bytes - self._settings.memory_reserve
-        budget = min(free, self._settings.memory_budget or free)
+        budget = self._budget(baseline.available_bytes, baseline.memory_kind)
         if self._settings.memory_budget and budget < self._settings.memory_budget:
             self._log.warning(
                 "less memory is free than the configured budget",
                 budget=format_bytes(self._settings.memory_budget),
-                free=format_bytes(free),
+                free=format_bytes(budget),
+                limit=baseline.limit,
             )
-        return Offer(max(0, budget), baseline.floor_bytes, baseline.memory_kind)
+        self._baseline = baseline
+        return Offer(budget, baseline.floor_bytes, baseline.memory_kind)
+
+    def _budget(self, available: int, memory_kind: str) -> int:
+        """What the training process may use of what it could."""
+        free = available if memory_kind == "cuda" else available - self._settings.memory_reserve
+        return max(0, min(free, self._settings.memory_budget or free))
+
+    def _renew(self, connection: Connection) -> None:
+        """Offer what is free now, where that has changed enough to matter."""
+        before = connection.offer
+        if self._baseline is None or self._baseline.own_limit:
+            return
+        # What a warm training process holds is among what is used, and would be its own.
+        available = available_bytes() + self._trainer.resident_bytes()
+        budget = self._budget(available, before.memory_kind)
+        if not _LESS <= budget / max(1, before.memory_budget_bytes) <= _MORE:
+            connection.offer = replace(before, memory_budget_bytes=budget)
+            self._log.info(
+                "another amount of memory is free",
+                before=format_bytes(before.memory_budget_bytes),
+                now=format_bytes(budget),
+            )
 
     def _loop(self, connection: Connection, heartbeat: Heartbeat) -> int:
         said = ""
+        joined_with = connection.offer
         while True:
-            answer = connection.pull(wait_s=self._patience_s())
+            self._renew(connection)
+            try:
+                answer = connection.pull(wait_s=self._patience_s())
+            except BudgetTooSmall as error:
+                if connection.offer == joined_with:  # as it will be for ever
+                    raise
+                self._log.warning("too little memory is free now, waiting", reason=str(error))
+                self._trainer.close()
+                time.sleep(_STAY_PAUSE_S)
+                continue
             if isinstance(answer, Finished):
                 self._log.info("the run is over", outcome=answer.reason)
                 if not self._settings.stay:
@@ -204,7 +237,9 @@ class Agent:
                 return
             reason = describe_failure(error, budget_bytes=connection.offer.memory_budget_bytes)
             self._log.error("task failed", task=task.task_id, reason=str(error))
-            _try_report(connection, task.task_id, reason)
+            self._renew(connection)
+            out_of_memory = isinstance(error, OutOfMemory)
+            _try_report(connection, task.task_id, reason, out_of_memory=out_of_memory)
             if not isinstance(error, ChildDied):
                 self._trainer.close()
         finally:
@@ -212,6 +247,7 @@ class Agent:
             self._idle_since = time.monotonic()
 
     def _do(self, task: Task, connection: Connection, heartbeat: Heartbeat) -> None:
+        self._renew(connection)
         self._check_affordable(task, connection.offer)
         self._log.info(
             "task",
@@ -230,7 +266,12 @@ class Agent:
             heartbeat.step, heartbeat.num_steps = values["step"], values["num_steps"]
             heartbeat.train_loss = values["train_loss"]
 
-        metrics, update_path = self._trainer.train(task, self._cache, progress)
+        metrics, update_path = self._trainer.train(
+            task,
+            self._cache,
+            progress,
+            memory_budget_bytes=connection.offer.memory_budget_bytes,
+        )
         heartbeat.working_on(task.task_id, "uploading")
         connection.push(task, metrics, update_path)
         update_path.unlink(missing_ok=True)
@@ -272,14 +313,15 @@ class Agent:
         """Never trust the plan alone: refuse what this device did not offer.
 
         Raises:
-            FedPrunerError: the task cannot fit.
+            OutOfMemory: the task cannot fit.
         """
-        weights = sum(info.num_bytes for info in task.tensors)
+        weights = 0 if task.streamed else sum(info.num_bytes for info in task.tensors)
         needed = max(task.predicted_peak_bytes, weights + offer.floor_bytes)
-        if needed > offer.memory_budget_bytes:
-            raise FedPrunerError(
-                f"the task needs {format_bytes(needed)}, this device offered "
-                f"{format_bytes(offer.memory_budget_bytes)}"
+        missing = needed - offer.memory_budget_bytes
+        if missing > 0:
+            raise OutOfMemory(
+                f"the task needs {format_bytes(needed)}, {format_bytes(missing)} more than this "
+                "device has free"
             )
 
 
@@ -288,8 +330,10 @@ def _adapter_limit(tensors: Sequence[TensorInfo], rank: int) -> int:
     return sum(4 * rank * sum(info.shape) for info in tensors)
 
 
-def _try_report(connection: Connection, task_id: str, reason: str) -> None:
+def _try_report(
+    connection: Connection, task_id: str, reason: str, *, out_of_memory: bool = False
+) -> None:
     try:
-        connection.report_failure(task_id, reason)
+        connection.report_failure(task_id, reason, out_of_memory=out_of_memory)
     except FedPrunerError:
         return  # the lease will tell

@@ -41,7 +41,7 @@ class Offer:
     Attributes:
         memory_budget_bytes: its training process may use this much.
         floor_bytes: of which it needs this before any model.
-        memory_kind: `rss` or `cuda`.
+        memory_kind: `rss`, `cuda` or `unified`.
     """
 
     memory_budget_bytes: int
@@ -134,7 +134,10 @@ class Connection:
 
         def call() -> pb.PullTaskReply:
             request = pb.PullTaskRequest(
-                client_id=self._client_id, session=self._session, wait_s=wait_s
+                client_id=self._client_id,
+                session=self._session,
+                wait_s=wait_s,
+                memory_budget_bytes=self.offer.memory_budget_bytes,
             )
             return self._stub.PullTask(request, timeout=wait_s + rpc.UNARY_TIMEOUT_S)
 
@@ -261,10 +264,21 @@ class Connection:
 
         self._retry(call, "send the statistics")
 
-    def report_failure(self, task_id: str, reason: str) -> None:
-        """Tell the coordinator not to wait for this device. Does not retry."""
+    def report_failure(self, task_id: str, reason: str, *, out_of_memory: bool = False) -> None:
+        """Tell the coordinator not to wait for this task. Does not retry.
+
+        Args:
+            task_id: of the task.
+            reason: for people.
+            out_of_memory: a smaller one may do.
+        """
         request = pb.ReportFailureRequest(
-            client_id=self._client_id, session=self._session, task_id=task_id, reason=reason
+            client_id=self._client_id,
+            session=self._session,
+            task_id=task_id,
+            reason=reason,
+            out_of_memory=out_of_memory,
+            memory_budget_bytes=self.offer.memory_budget_bytes,
         )
         try:
             self._stub.ReportFailure(request, timeout=rpc.UNARY_TIMEOUT_S)

@@ -2,12 +2,14 @@
 
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
 import torch
 
+from fedpruner_client.loss import causal_lm_loss
+from fedpruner_client.optimizer import make_optimizer
 from fedpruner_common.errors import FedPrunerError
 from fedpruner_common.modeling.data import Batch, TokenSequence, collate
 from fedpruner_common.task import TrainingSettings
@@ -60,17 +62,9 @@ def train(
         FedPrunerError: the loss is not finite.
     """
     torch.manual_seed(settings.seed)
-    if settings.gradient_checkpointing:
-        model.enable_input_require_grads()
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.train()
-    _freeze_factor(model, settings.train_factor)
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters = _trainable(model, settings)
     proximal = _Proximal(parameters, settings.proximal_mu)
-    # foreach would hold a second copy of all gradients for a moment.
-    optimizer = torch.optim.AdamW(
-        parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, foreach=False
-    )
+    optimizer = make_optimizer(parameters, settings)
     endless = _endless_batches(sequences, settings, order=order, pad_token_id=pad_token_id)
     num_tokens, num_batches, losses = 0, 0, []
     for step in range(1, settings.max_steps + 1):
@@ -81,7 +75,8 @@ def train(
             on_batch(num_batches)
             num_batches += 1
             # Every token weighs the same, whichever micro-batch it is in.
-            loss = model(**batch.arguments(device)).loss * (batch.num_tokens / step_tokens)
+            loss = causal_lm_loss(model, batch.arguments(device), chunk_tokens=settings.loss_chunk)
+            loss = loss * (batch.num_tokens / step_tokens)
             loss.backward()
             step_loss += loss.item()
             del loss
@@ -97,6 +92,45 @@ def train(
         losses.append(step_loss)
         on_step(step, step_loss)
     return TrainingResult(num_tokens, losses[0], losses[-1])
+
+
+def dry_run(
+    model: Any,
+    sequences: list[TokenSequence],
+    settings: TrainingSettings,
+    *,
+    pad_token_id: int,
+    device: torch.device,
+) -> None:
+    """Go through one optimizer step at full length, so that its peak is known; changes nothing.
+
+    The device's own sequences may be short today and long tomorrow. The optimizer's moments are
+    there before the activations come, as from the second real step on.
+    """
+    some = torch.cat([s.input_ids for s in sequences[: settings.max_seq_length]])
+    ids = some.repeat(-(-settings.max_seq_length // len(some)))[: settings.max_seq_length]
+    longest = [TokenSequence(ids, ids)] * settings.per_device_train_batch_size
+    batch = collate(longest, pad_token_id=pad_token_id)
+    parameters = _trainable(model, settings)
+    optimizer = make_optimizer(parameters, replace(settings, learning_rate=0.0, weight_decay=0.0))
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    arguments = batch.arguments(device)
+    causal_lm_loss(model, arguments, chunk_tokens=settings.loss_chunk).backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def _trainable(model: Any, settings: TrainingSettings) -> list[torch.nn.Parameter]:
+    """What trains; the model is made ready for it."""
+    if settings.gradient_checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    _freeze_factor(model, settings.train_factor)
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 def _freeze_factor(model: torch.nn.Module, train_factor: str) -> None:

@@ -7,6 +7,7 @@ from fedpruner_common import malloc
 
 malloc.set_for_training()  # before torch makes its first allocation
 
+import contextlib
 import gc
 import os
 from dataclasses import asdict
@@ -18,12 +19,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 import transformers
 
+from fedpruner_client.device import available_bytes, memory_limits, tightest
+from fedpruner_client.gpu import gpu_offer, limit_allocator
 from fedpruner_client.memory import resident_bytes
 from fedpruner_client.model import LocalTensor
+from fedpruner_client.out_of_memory import is_out_of_memory
 from fedpruner_client.workshop import ProbeWork, Work, Workshop
-from fedpruner_common.child import Json, Progress, serve
+from fedpruner_common.child import Job, Json, Progress, serve
 from fedpruner_common.components import ComponentId
-from fedpruner_common.errors import ConfigError
+from fedpruner_common.errors import ConfigError, OutOfMemory
 from fedpruner_common.manifest import TensorInfo
 from fedpruner_common.statistics import Granularity, Score, statistics_to_json
 from fedpruner_common.submodel import Submodel
@@ -51,15 +55,20 @@ def _measure(arguments: Json, _: Progress) -> Json:
     _tiny_step(device)
     gc.collect()
     if device.type == "cuda":
-        torch.cuda.synchronize()
-        reserved = torch.cuda.memory_reserved(device)
-        free, _total = torch.cuda.mem_get_info(device)
+        gpu = gpu_offer(torch, device, available_bytes())
         return {
-            "memory_kind": "cuda",
-            "floor_bytes": reserved,
-            "available_bytes": free + reserved,
+            "memory_kind": gpu.kind,
+            "floor_bytes": gpu.floor_bytes,
+            "available_bytes": gpu.available_bytes,
+            "limit": "GPU" if gpu.kind == "cuda" else tightest(memory_limits()).source,
         }
-    return {"memory_kind": "rss", "floor_bytes": resident_bytes(), "available_bytes": 0}
+    floor, limit = resident_bytes(), tightest(memory_limits())
+    return {
+        "memory_kind": "rss",
+        "floor_bytes": floor,
+        "available_bytes": limit.available_bytes + floor,
+        "limit": limit.source,
+    }
 
 
 def _tiny_step(device: torch.device) -> None:
@@ -91,6 +100,9 @@ def _train(arguments: Json, on_progress: Progress) -> Json:
         progress = {"step": step, "num_steps": work.training.max_steps, "train_loss": loss}
         on_progress(progress)
 
+    device = _device(arguments["device"])
+    if device.type == "cuda" and work.memory_budget_bytes is not None:
+        limit_allocator(torch, device, work.memory_budget_bytes)
     return asdict(_workshop(arguments["device"]).do(work, on_step))
 
 
@@ -141,7 +153,28 @@ def _work(arguments: Json) -> Work:
         update_path=Path(arguments["update"]),
         data=tuple(Path(path) for path in arguments["data"]),
         work_dir=Path(arguments["work_dir"]),
+        memory_budget_bytes=arguments["memory_budget_bytes"],
     )
+
+
+def _reporting_memory(job: Job) -> Job:
+    """A job whose errors for lack of memory are `OutOfMemory`, however torch words them."""
+
+    def report(arguments: Json, on_progress: Progress) -> Json:
+        try:
+            return job(arguments, on_progress)
+        except (MemoryError, OSError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise OutOfMemory(f"memory ran out: {str(error).splitlines()[0][:200]}") from error
+
+    return report
+
+
+def _offer_to_be_killed() -> None:
+    """Let the kernel take this process, not the agent, when the machine is out of memory."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
 
 
 def _local_tensor(tensor: Json) -> LocalTensor:
@@ -153,7 +186,9 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    serve({"measure": _measure, "train": _train, "probe": _probe})
+    _offer_to_be_killed()
+    jobs = {"measure": _measure, "train": _train, "probe": _probe}
+    serve({name: _reporting_memory(job) for name, job in jobs.items()})
 
 
 if __name__ == "__main__":

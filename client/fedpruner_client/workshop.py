@@ -8,7 +8,7 @@ import gc
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,9 @@ from fedpruner_client.model import (
     save_update,
 )
 from fedpruner_client.sweep import Corrections, sweep
-from fedpruner_client.train import TrainingResult, batches, train
+from fedpruner_client.train import TrainingResult, batches, dry_run, train
 from fedpruner_common import malloc
+from fedpruner_common.errors import OutOfMemory
 from fedpruner_common.modeling.bridges import load_bridges
 from fedpruner_common.modeling.data import (
     TokenSequence,
@@ -52,6 +53,7 @@ from fedpruner_common.task import (
     TrainingSettings,
     UpdateMetrics,
 )
+from fedpruner_common.units import format_bytes
 
 OnStep = Callable[[int, float], None]
 
@@ -74,6 +76,8 @@ class Work:
         update_path: where the update goes.
         data: the device's text.
         work_dir: for temporary files.
+        memory_budget_bytes: what training may use; a dry run at full length confirms it before the
+            first step. None for no limit and no dry run.
     """
 
     client_id: str
@@ -90,6 +94,7 @@ class Work:
     update_path: Path
     data: tuple[Path, ...]
     work_dir: Path
+    memory_budget_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -119,6 +124,7 @@ class Workshop:
         self._skeletons: dict[str, Skeleton] = {}
         self._tokenizers: dict[str, PreTrainedTokenizerBase] = {}
         self._texts: dict[Any, list[TokenSequence]] = {}
+        self._confirmed: set[Any] = set()  # what a dry run has shown to fit
 
     def do(self, work: Work, on_step: OnStep) -> UpdateMetrics:
         """Build the submodel, train it, write the update.
@@ -142,7 +148,7 @@ class Workshop:
         bridges = corrections.bridges if corrections else self._given(work, skeleton)
         result = self._train(
             work, skeleton, sequences, adapter, bridges, corrections, pad_token_id(tokenizer),
-            on_step,
+            on_step, meter,
         )  # fmt: skip
         return UpdateMetrics(
             num_examples=len(sequences),
@@ -266,6 +272,7 @@ class Workshop:
         corrections: Corrections | None,
         pad: int,
         on_step: OnStep,
+        meter: PeakMeter,
     ) -> TrainingResult:
         built = build_submodel(
             skeleton,
@@ -294,6 +301,8 @@ class Workshop:
             else nullcontext()
         )
         with block:
+            if work.memory_budget_bytes is not None:
+                self._confirm(work, model, sequences, meter, pad)
             result = train(
                 model,
                 sequences,
@@ -306,6 +315,32 @@ class Workshop:
             )
         save_update(model, work.update_path)
         return result
+
+    def _confirm(
+        self,
+        work: Work,
+        model: Any,
+        sequences: list[TokenSequence],
+        meter: PeakMeter,
+        pad: int,
+    ) -> None:
+        """Make sure that a step at full length stays within the budget, once for each shape.
+
+        Raises:
+            OutOfMemory: it does not.
+        """
+        limit = work.memory_budget_bytes
+        shape = replace(work.training, seed=0, learning_rate=0.0, max_steps=1)
+        key = (work.submodel, work.streamed, work.bridge, work.lora, shape, limit)
+        if limit is None or key in self._confirmed:
+            return
+        dry_run(model, sequences, work.training, pad_token_id=pad, device=self._device)
+        if (peak := meter.high_water_bytes()) > limit:
+            raise OutOfMemory(
+                f"a dry run at full length took {format_bytes(peak)}, "
+                f"{format_bytes(peak - limit)} more than this device offers"
+            )
+        self._confirmed.add(key)
 
 
 def _stamps(paths: Iterable[Path]) -> tuple[tuple[str, int, int], ...]:

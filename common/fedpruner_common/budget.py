@@ -2,11 +2,12 @@
 
     peak = floor + 12 MiB + weights + 12 P + activations          P = LoRA parameters, float32
 
-12 P is the adapter and AdamW's two moments; the gradients (4 P more) exist only while activations
-are already going, so the optimizer step, 16 P without activations, is a second candidate for the
-peak. Activations with everything saved: the saved bytes of every component plus the larger of the
-loss's buffers and one component's temporaries. With gradient checkpointing: one input per kept
-layer, and the larger of the loss's buffers and one whole layer recomputed.
+12 P is the adapter and AdamW's two moments, 6 P with moments of 8 bit; the gradients (4 P more)
+exist only while activations are already going, so the optimizer step, 16 P without activations, is
+a second candidate for the peak. Activations with everything saved: the saved bytes of every
+component plus the larger of the loss's buffers and one component's temporaries. With gradient
+checkpointing: one input per kept layer, and the larger of the loss's buffers and one whole layer
+recomputed.
 
 The 12 MiB are the tokenizer, the tokens and the model's own code. All this holds only where the
 training process sets a low mmap threshold; see `malloc.py`. `benchmarks/memory` compares it with
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 from fedpruner_common.components import ComponentId
 from fedpruner_common.task import BridgeKind, BridgeSettings
 
-_ADAM_BYTES = 12  # per LoRA parameter: value 4, first and second moment 8
+_ADAM_BYTES = 12.0  # per LoRA parameter: value 4, first and second moment 8
 _GRADIENT_BYTES = 4
 _TEXT_BYTES = 12 << 20
 _HIDDEN_COPIES = 5  # before and after a layer, behind a run, and what is written to disk
@@ -46,6 +47,8 @@ class MemoryProfile:
         gradient_checkpointing: whether activations are recomputed layer by layer.
         hidden_size: width of the residual stream.
         num_batches: micro-batches of one round.
+        trained_bytes: per LoRA parameter: its value and the optimizer's moments.
+        loss_chunk: tokens whose logits exist at a time, of which `loss_bytes` is; 0 for all.
     """
 
     weight_bytes: Mapping[ComponentId, int]
@@ -60,6 +63,8 @@ class MemoryProfile:
     gradient_checkpointing: bool
     hidden_size: int = 0
     num_batches: int = 1
+    trained_bytes: float = _ADAM_BYTES
+    loss_chunk: int = 0
 
 
 @dataclass(frozen=True)
@@ -117,8 +122,9 @@ def peak_bytes(profile: MemoryProfile, wanted: Demand, *, floor_bytes: int) -> i
     """
     weights = profile.shared_weight_bytes + wanted.weight_bytes
     converting = round(weights * profile.disk_ratio)
-    training = _ADAM_BYTES * wanted.lora_parameters + activation_bytes(profile, wanted)
-    stepping = (_ADAM_BYTES + _GRADIENT_BYTES) * wanted.lora_parameters
+    trained = round(profile.trained_bytes * wanted.lora_parameters)
+    training = trained + activation_bytes(profile, wanted)
+    stepping = trained + _GRADIENT_BYTES * wanted.lora_parameters
     return floor_bytes + _TEXT_BYTES + weights + max(converting, training, stepping)
 
 
@@ -210,8 +216,9 @@ def streamed_peak_bytes(
     kept += len(streamed) * profile.layer_input_bytes
     parameters = sum(profile.lora_parameters.values())
     activations = profile.shared_saved_bytes + kept + max(profile.loss_bytes, again + temporary)
-    training = _ADAM_BYTES * parameters + activations
-    stepping = (_ADAM_BYTES + _GRADIENT_BYTES) * parameters
+    trained = round(profile.trained_bytes * parameters)
+    training = trained + activations
+    stepping = trained + _GRADIENT_BYTES * parameters
     return floor_bytes + _TEXT_BYTES + weights + max(converting, training, stepping)
 
 

@@ -60,6 +60,8 @@ def task_to_pb(task: Task) -> pb.Task:
             seed=task.training.seed,
             proximal_mu=task.training.proximal_mu,
             train_factor=task.training.train_factor,
+            loss_chunk=task.training.loss_chunk,
+            optim=task.training.optim,
         ),
         predicted_peak_bytes=task.predicted_peak_bytes,
         bridge=pb.BridgeSettings(
@@ -233,6 +235,8 @@ def _training_from_pb(message: pb.TrainingSettings) -> TrainingSettings:
         seed=message.seed,
         proximal_mu=message.proximal_mu,
         train_factor=_one_of(message.train_factor, ("both", "A", "B")),
+        loss_chunk=message.loss_chunk,
+        optim=_one_of(message.optim, ("adamw", "adamw_8bit")),
     )
 
 
@@ -287,6 +291,7 @@ def metrics_to_header(header: pb.UpdateHeader, metrics: UpdateMetrics) -> None:
     header.train_loss_last = metrics.train_loss_last
     header.measured_peak_bytes = metrics.measured_peak_bytes
     header.train_s = metrics.train_s
+    header.rungs.extend(metrics.rungs)
 
 
 def metrics_from_header(header: pb.UpdateHeader) -> UpdateMetrics:
@@ -298,4 +303,5 @@ def metrics_from_header(header: pb.UpdateHeader) -> UpdateMetrics:
         train_loss_last=header.train_loss_last,
         measured_peak_bytes=header.measured_peak_bytes,
         train_s=header.train_s,
+        rungs=tuple(header.rungs),
     )

@@ -18,6 +18,7 @@ FedPrunerError
     ├── DataError          the training or evaluation data cannot be used
     ├── StorageError       the state directory cannot be used
     ├── RunFailed          rounds keep bringing nothing
+    ├── OutOfMemory        a device has not the memory for its task
     └── ChildDied          a child process ended without an answer
 """
 
@@ -116,6 +117,12 @@ class RunFailed(FedPrunerError):
     """Round after round brought no update; the message has the last reason."""
 
     code = "run_failed"
+
+
+class OutOfMemory(FedPrunerError):
+    """A device has not the memory for its task: it says so, or it tried."""
+
+    code = "out_of_memory"
 
 
 class ChildDied(FedPrunerError):

@@ -37,6 +37,8 @@ class TrainingSettings:
         proximal_mu: FedProx: half of it times the squared distance from the global adapter is added
             to the loss.
         train_factor: which LoRA factors train this round: both, A or B.
+        loss_chunk: tokens whose logits exist at a time; 0 for all of a micro-batch.
+        optim: adamw, or adamw_8bit with its moments in 8 bit.
     """
 
     per_device_train_batch_size: int
@@ -51,6 +53,8 @@ class TrainingSettings:
     seed: int
     proximal_mu: float = 0.0
     train_factor: str = "both"
+    loss_chunk: int = 0
+    optim: str = "adamw"
 
 
 class BridgeKind(str, Enum):
@@ -163,6 +167,7 @@ class UpdateMetrics:
         train_loss_first, train_loss_last: loss of the first and last step, nats per token.
         measured_peak_bytes: of the training process (RSS) or the GPU allocator.
         train_s: wall time of the task in the training process.
+        rungs: what was made smaller because memory ran out, in order; see the agent's `ladder`.
     """
 
     num_examples: int
@@ -171,3 +176,4 @@ class UpdateMetrics:
     train_loss_last: float
     measured_peak_bytes: int
     train_s: float
+    rungs: tuple[str, ...] = ()

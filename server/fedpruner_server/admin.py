@@ -60,6 +60,8 @@ class Admin(AdminServicer):
                     last_failure=d.last_failure,
                     bytes_down=d.bytes_down,
                     bytes_up=d.bytes_up,
+                    memory_ratio=(calibration := self._c.calibration(d.client_id)).ratio,
+                    too_much_bytes=calibration.too_much_bytes or 0,
                 )
                 for _, d in sorted(registry.devices.items())
             ]
@@ -117,12 +119,14 @@ def _round(record: RoundRecord) -> pb.Round:
             base_bytes_down=client.base_bytes_down,
             bytes_up=client.bytes_up,
             components=client.components,
+            too_large=[len(plan.components) for plan, _ in client.too_large],
         )
         if metrics and task.outcome is Outcome.STORED:
             row.measured_peak_bytes = metrics.measured_peak_bytes
             row.num_examples = metrics.num_examples
             row.train_loss = metrics.train_loss_last
             row.train_s = metrics.train_s
+            row.rungs.extend(metrics.rungs)
         clients.append(row)
     return pb.Round(
         round=record.round.number,

@@ -44,6 +44,9 @@ class TrainingOptions(Section):
     gradient_checkpointing: bool = False
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     proximal_mu: Annotated[float, Field(ge=0)] = 0.0  # FedProx
+    # Tokens whose logits exist at a time; 0: all of a micro-batch. The result is the same.
+    loss_chunk: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    optim: Literal["adamw", "adamw_8bit"] = "adamw"
 
 
 class PlanOptions(Section):

@@ -19,11 +19,12 @@ from fedpruner_server import method, specs
 from fedpruner_server.blockstore import BlockStore
 from fedpruner_server.config import ServerSettings
 from fedpruner_server.core import round as rounds
+from fedpruner_server.core.calibration import Calibration
 from fedpruner_server.core.planning import PlanSettings
 from fedpruner_server.core.round import Outcome, Phase, Round
-from fedpruner_server.history import ClientRecord, RoundRecord
+from fedpruner_server.history import ClientRecord, RoundRecord, calibration_of
 from fedpruner_server.method import TaskPlan
-from fedpruner_server.registry import Registry
+from fedpruner_server.registry import Device, Registry
 from fedpruner_server.storage import Storage
 from fedpruner_server.survey import Survey
 
@@ -99,6 +100,19 @@ class Coordinator:
         assert self.spec is not None
         return method.ages(held, self.spec.num_layers, before=len(self.history) + 1)
 
+    def calibration(self, client_id: str) -> Calibration:
+        """How the byte model's predictions are corrected for a device."""
+        return calibration_of(client_id, self.history)
+
+    def budget_of(self, device: Device) -> int:
+        """What planning may take as the device's budget, after its calibration."""
+        return method.calibrated_budget(
+            self.plan_settings(),
+            self.calibration(device.client_id),
+            budget_bytes=device.memory_budget_bytes,
+            floor_bytes=device.floor_bytes,
+        )
+
     def open_round(self, number: int, plans: dict[str, TaskPlan], choices: dict[str, Json]) -> None:
         """Start a round with these clients; their plans are journaled with it.
 
@@ -142,28 +156,37 @@ class Coordinator:
         self.round, effects = rounds.step(self.round, event)
         if isinstance(event, rounds.CohortChosen):
             record = RoundRecord(self.round, started=extra["started"])
-            for client_id, plan in extra["plans"].items():
-                task_plan = specs.plan_from_json(plan)
-                record.clients[client_id] = ClientRecord(client_id, task_plan)
-                if task_plan.bridge_file:
-                    self.blocks.add_file(
-                        task_plan.bridge_file, self.storage.bridge_path(task_plan.bridge_file.hash)
-                    )
+            for client_id, data in extra["plans"].items():
+                record.clients[client_id] = ClientRecord(client_id, self._plan_from(data))
             self.history[number] = record
             self.closed = False
         record = self.history[number]
         record.round = self.round
+        if isinstance(event, rounds.TaskTooLarge):
+            client = record.clients[event.client_id]
+            client.too_large.append((client.plan, event.refused))
+        if isinstance(event, rounds.TaskReplaced):
+            record.clients[event.client_id].plan = self._plan_from(extra["plan"])
         if isinstance(event, rounds.UpdateStored):
-            record.clients[event.client_id].metrics = UpdateMetrics(**extra["metrics"])
+            metrics = {**extra["metrics"], "rungs": tuple(extra["metrics"]["rungs"])}
+            record.clients[event.client_id].metrics = UpdateMetrics(**metrics)
             record.clients[event.client_id].bytes_up = extra["bytes_up"]
         if isinstance(event, rounds.Aggregated):
             self.adapter_round = number
         return effects
 
+    def _plan_from(self, data: Json) -> TaskPlan:
+        """A journaled plan; its bridges can be fetched from now on."""
+        plan = specs.plan_from_json(data)
+        if plan.bridge_file:
+            self.blocks.add_file(plan.bridge_file, self.storage.bridge_path(plan.bridge_file.hash))
+        return plan
+
     def replay(self) -> None:
         """Take up the run where the journal ends.
 
-        The effects of the last event are carried out again, all of them bear repeating.
+        The effects of the last event are carried out again, and smaller tasks that were still to be
+        planned; all of them bear repeating.
         """
         effects: tuple[rounds.Effect, ...] = ()
         for entry in self.storage.entries():
@@ -174,8 +197,18 @@ class Coordinator:
             event_class = getattr(rounds, entry.type)
             event: rounds.Event = event_class(**entry.data["event"])
             effects = self._absorb(entry.round, event, entry.data["extra"])
-        for effect in effects:
+        waiting = self.round.clients(Outcome.SHRINKING) if self.round else ()
+        effects = tuple(e for e in effects if not isinstance(e, rounds.Shrink))
+        for effect in (*effects, *map(rounds.Shrink, waiting)):
             self.effects.put_nowait(effect)
+
+    def replace_task(self, client_id: str, plan: TaskPlan, choices: Json) -> None:
+        """Give a client a smaller task in the current round."""
+        assert self.round is not None
+        client = self.history[self.round.number].clients[client_id]
+        task_id = f"round-{self.round.number}-{client_id}.{len(client.too_large) + 1}"
+        data = {**specs.plan_to_json(plan), "choices": choices}
+        self.apply(rounds.TaskReplaced(client_id, task_id), plan=data)
 
     def close_round(self, *, seconds: float) -> None:
         """Journal that nothing is left to do for the current round."""

@@ -24,6 +24,10 @@ from fedpruner_server.activations import saved_bytes
 from fedpruner_server.config import LoraOptions, TrainingOptions
 
 _LOSS_BYTES_PER_LOGIT = 12  # log-softmax and two gradients in float32; the logits are gone by then
+_CHUNK_BYTES_PER_LOGIT = 8  # the logits and their log-softmax, which becomes the gradient in place
+_CHUNK_BYTES = 128 << 20  # what `loss_chunk = auto` lets the loss take
+_SMALLEST_CHUNK = 64  # tokens; below it the head's weights are read more than they are worth
+_TRAINED_BYTES = {"adamw": 12.0, "adamw_8bit": 4 + 2 * (1 + 4 / 256)}  # a scale per 256 values
 
 
 def describe(
@@ -186,6 +190,7 @@ def _memory_profile(
     num_tokens = batch * seq_len
     text_config = config.get_text_config(decoder=True)
     saved_shared, saved = saved_bytes(config, anatomy, targets, lora, training, item_bytes)
+    loss_chunk = _loss_chunk(training.loss_chunk, num_tokens, text_config.vocab_size)
     width = {
         c: max((max(t.in_features, t.out_features) for t in items), default=0)
         for c, items in targets.items()
@@ -201,8 +206,30 @@ def _memory_profile(
         temporary_bytes={
             c: num_tokens * (3 * w + 2 * text_config.hidden_size) * 4 for c, w in width.items()
         },
-        loss_bytes=num_tokens * text_config.vocab_size * _LOSS_BYTES_PER_LOGIT,
+        loss_bytes=_loss_bytes(num_tokens, text_config, loss_chunk, item_bytes),
         gradient_checkpointing=training.gradient_checkpointing,
         hidden_size=text_config.hidden_size,
         num_batches=training.max_steps * training.gradient_accumulation_steps,
+        trained_bytes=_TRAINED_BYTES[training.optim],
+        loss_chunk=loss_chunk,
     )
+
+
+def _loss_chunk(wanted: int | str, num_tokens: int, vocab_size: int) -> int:
+    """Tokens whose logits exist at a time; 0 when all of a micro-batch's may."""
+    if wanted != "auto":
+        chunk = int(wanted)
+    elif num_tokens * vocab_size * _LOSS_BYTES_PER_LOGIT <= _CHUNK_BYTES:
+        chunk = 0
+    else:
+        fitting = max(_SMALLEST_CHUNK, _CHUNK_BYTES // (vocab_size * _CHUNK_BYTES_PER_LOGIT))
+        chunk = 1 << (fitting.bit_length() - 1)
+    return chunk if chunk < num_tokens else 0
+
+
+def _loss_bytes(num_tokens: int, config: PreTrainedConfig, loss_chunk: int, item_bytes: int) -> int:
+    """Most that the loss takes beside what is saved."""
+    if not loss_chunk:
+        return int(num_tokens * config.vocab_size * _LOSS_BYTES_PER_LOGIT)
+    gradients = 2 * num_tokens * config.hidden_size * item_bytes  # the loss's, and it scaled
+    return int(loss_chunk * config.vocab_size * _CHUNK_BYTES_PER_LOGIT + gradients)

@@ -1,19 +1,28 @@
 """What happened in every round, for people and for metrics.jsonl."""
 
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fedpruner_common.task import UpdateMetrics
+from fedpruner_server.core.calibration import Calibration, Observation, calibrate
 from fedpruner_server.core.round import Round
 from fedpruner_server.method import TaskPlan
 
 
 @dataclass
 class ClientRecord:
-    """One client in one round; bytes are counted by the coordinator."""
+    """One client in one round; bytes are counted by the coordinator.
+
+    Attributes:
+        plan: of its task; the last one, if it needed a smaller one.
+        too_large: plans before that one for which its memory did not do, and whether it refused
+            them before it began.
+    """
 
     client_id: str
     plan: TaskPlan
+    too_large: list[tuple[TaskPlan, bool]] = field(default_factory=list)
     base_bytes_down: int = 0
     adapter_bytes_down: int = 0
     bytes_up: int = 0
@@ -26,6 +35,16 @@ class ClientRecord:
     @property
     def predicted_peak_bytes(self) -> int:
         return self.plan.predicted_peak_bytes
+
+    def observations(self) -> Iterator[Observation]:
+        """What this round says of the byte model on this device."""
+        for plan, refused in self.too_large:
+            if not refused:
+                yield Observation(plan.floor_bytes, plan.model_peak_bytes, None)
+        if self.metrics is not None and self.metrics.measured_peak_bytes > 0:
+            # With something made smaller, the peak is that of another task than was predicted.
+            peak = None if self.metrics.rungs else self.metrics.measured_peak_bytes
+            yield Observation(self.plan.floor_bytes, self.plan.model_peak_bytes, peak)
 
 
 @dataclass
@@ -66,6 +85,8 @@ class RoundRecord:
                     "corrected": client.plan.bridge.corrected,
                     "streamed": list(client.plan.streamed),
                     "predicted_peak_bytes": client.predicted_peak_bytes,
+                    "model_peak_bytes": client.plan.model_peak_bytes,
+                    "too_large": [len(plan.components) for plan, _ in client.too_large],
                     "base_bytes_down": client.base_bytes_down,
                     "adapter_bytes_down": client.adapter_bytes_down,
                     "bytes_up": client.bytes_up,
@@ -85,3 +106,9 @@ class RoundRecord:
             }
         )
         return rows
+
+
+def calibration_of(client_id: str, history: Mapping[int, RoundRecord]) -> Calibration:
+    """How a device's predictions are corrected, from all its rounds so far."""
+    records = [record.clients.get(client_id) for _, record in sorted(history.items())]
+    return calibrate([o for client in records if client for o in client.observations()])

@@ -5,6 +5,7 @@ The coordinator and `fedpruner simulate` both go through here: what is simulated
 
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, replace
+from math import ceil
 
 import numpy as np
 
@@ -25,6 +26,7 @@ from fedpruner_common.task import (
 )
 from fedpruner_server.config import ServerSettings
 from fedpruner_server.core.aggregation import AggregationSettings, trained_factor
+from fedpruner_server.core.calibration import UNCALIBRATED, Calibration
 from fedpruner_server.core.planning import ClientPlan, PlanSettings
 from fedpruner_server.core.schedule import learning_rate
 
@@ -113,6 +115,8 @@ class TaskPlan:
         bridge: on this device.
         bridge_file: bridges that the coordinator fitted.
         streamed: kept layers that are in memory only while they work.
+        model_peak_bytes: what the byte model says, before the device's calibration.
+        floor_bytes: of the device's training process, part of both.
     """
 
     components: tuple[ComponentId, ...]
@@ -120,6 +124,8 @@ class TaskPlan:
     bridge: BridgeSettings = NO_BRIDGE
     bridge_file: FileInfo | None = None
     streamed: tuple[int, ...] = ()
+    model_peak_bytes: int = 0
+    floor_bytes: int = 0
 
 
 def make_task(
@@ -154,7 +160,7 @@ def make_task(
         tensors=tuple(tensors[name] for name in own),
         files=tuple(files),
         lora=lora_settings(settings, spec, submodel.components),
-        training=training_settings(settings, number),
+        training=training_settings(settings, number, loss_chunk=spec.memory.loss_chunk),
         predicted_peak_bytes=plan.predicted_peak_bytes,
         bridge=plan.bridge,
         other_tensors=tuple(tensors[name] for name in others),
@@ -163,15 +169,33 @@ def make_task(
     )
 
 
-def task_plan(plan: ClientPlan, bridge_file: FileInfo | None) -> TaskPlan:
+def task_plan(
+    plan: ClientPlan,
+    bridge_file: FileInfo | None,
+    *,
+    floor_bytes: int = 0,
+    calibration: Calibration = UNCALIBRATED,
+) -> TaskPlan:
     """What is kept of a client's plan."""
     return TaskPlan(
         components=plan.submodel.components,
-        predicted_peak_bytes=plan.predicted_peak_bytes,
+        predicted_peak_bytes=calibration.peak_bytes(plan.predicted_peak_bytes, floor_bytes),
         bridge=plan.bridge,
         bridge_file=bridge_file,
         streamed=plan.streamed,
+        model_peak_bytes=plan.predicted_peak_bytes,
+        floor_bytes=floor_bytes,
     )
+
+
+def calibrated_budget(
+    plan: PlanSettings, calibration: Calibration, *, budget_bytes: int, floor_bytes: int
+) -> int:
+    """The budget with which the byte model as it is plans what the calibrated one would."""
+    if calibration == UNCALIBRATED:
+        return budget_bytes
+    usable = calibration.usable_bytes(plan.usable_bytes(budget_bytes), floor_bytes)
+    return ceil(max(0, usable) / (1 - plan.margin))
 
 
 def make_probe(
@@ -257,8 +281,10 @@ def lora_settings(
     )
 
 
-def training_settings(settings: ServerSettings, number: int) -> TrainingSettings:
-    """What every device does in a round."""
+def training_settings(
+    settings: ServerSettings, number: int, *, loss_chunk: int = 0
+) -> TrainingSettings:
+    """What every device does in a round; `auto` among the settings is `loss_chunk`."""
     training = settings.training
     factor = trained_factor(settings.aggregation.method, number)
     return TrainingSettings(
@@ -270,5 +296,6 @@ def training_settings(settings: ServerSettings, number: int) -> TrainingSettings
         ),
         seed=settings.run.seed * 1_000_003 + number,
         train_factor=factor.value,
-        **training.model_dump(exclude={"learning_rate", "lr_scheduler_type"}),
+        loss_chunk=loss_chunk,
+        **training.model_dump(exclude={"learning_rate", "lr_scheduler_type", "loss_chunk"}),
     )

@@ -7,7 +7,7 @@ import asyncio
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from fedpruner_server.core.planning import (
     left_uncovered,
     plan_round,
 )
-from fedpruner_server.core.round import Phase
+from fedpruner_server.core.round import Outcome, Phase
 from fedpruner_server.export import (
     AdapterFile,
     export_peft,
@@ -89,6 +89,8 @@ class Run:
                     self._announce()
                 elif isinstance(effect, rounds.Aggregate):
                     await self._aggregate(effect.clients)
+                elif isinstance(effect, rounds.Shrink):
+                    await self._shrink(effect.client_id)
                 else:
                     await self._close_round(effect)
                     await self._next_round()
@@ -199,34 +201,86 @@ class Run:
     ) -> tuple[dict[str, TaskPlan], dict[str, Json]]:
         """A plan for every device that can hold any submodel, and why it is what it is."""
         await self._measure_layers(number, devices)
-        spec, statistics, settings = self._c.spec, self._c.statistics, self._c.plan_settings()
+        if isinstance(self._c.statistics, Mapping):
+            devices = [d for d in devices if d.client_id in self._c.statistics]
+        results = await self._submodels(number, devices)
+        self._warn_of_uncovered(results, self._c.plan_settings())
+        return await self._task_plans(results)
+
+    async def _submodels(
+        self, number: int, devices: Sequence[Device]
+    ) -> dict[str, ClientPlan | BudgetTooSmall]:
+        """What each of these devices would hold; those that can hold nothing are told why."""
+        spec, statistics = self._c.spec, self._c.statistics
         assert spec is not None
         assert statistics is not None
-        if isinstance(statistics, Mapping):
-            devices = [d for d in devices if d.client_id in statistics]
-        offers = [Offer(d.client_id, d.memory_budget_bytes, d.floor_bytes) for d in devices]
         results = await asyncio.to_thread(
             plan_round,
             spec,
             statistics,
-            settings,
-            offers,
+            self._c.plan_settings(),
+            [Offer(d.client_id, self._c.budget_of(d), d.floor_bytes) for d in devices],
             round_number=number,
             ages=self._c.ages(),
         )
-        plans: dict[str, ClientPlan] = {}
         for device in devices:
             result = results[device.client_id]
             if isinstance(result, BudgetTooSmall):
                 device.unfit = device.last_failure = str(result)
                 self._log.warning("device left out", client=device.client_id, reason=str(result))
-            else:
-                plans[device.client_id] = result
-        self._warn_of_uncovered(results, settings)
+        return results
+
+    async def _task_plans(
+        self, results: Mapping[str, ClientPlan | BudgetTooSmall]
+    ) -> tuple[dict[str, TaskPlan], dict[str, Json]]:
+        """What goes to the journal of those that hold something, by client; bridges are fitted."""
+        plans = {c: plan for c, plan in results.items() if isinstance(plan, ClientPlan)}
         files = await self._fit_bridges({plan.submodel for plan in plans.values()})
-        return (
-            {c: method.task_plan(p, files.get(p.submodel)) for c, p in plans.items()},
-            {c: choices_to_json(p) for c, p in plans.items()},
+        task_plans = {
+            client_id: method.task_plan(
+                plan,
+                files.get(plan.submodel),
+                floor_bytes=self._c.registry.devices[client_id].floor_bytes,
+                calibration=self._c.calibration(client_id),
+            )
+            for client_id, plan in plans.items()
+        }
+        return task_plans, {c: choices_to_json(plan) for c, plan in plans.items()}
+
+    async def _returned(self, client_id: str) -> Device | None:
+        """The device; after a restart of the coordinator it has a lease to say what it offers."""
+        deadline = time.monotonic() + self._settings.run.lease_s
+        while (device := self._c.registry.devices.get(client_id)) is None:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return None
+            await self._c.changed(min(left, _TICK_S))
+        return device
+
+    async def _shrink(self, client_id: str) -> None:
+        """Give a device that ran out of memory a smaller task, or go on without it."""
+        assert self._c.round is not None
+        task = self._c.round.tasks[client_id]
+        device = await self._returned(client_id)
+        current = self._c.round
+        if current.phase is not Phase.TRAINING or task.outcome is not Outcome.SHRINKING:
+            return
+        if device is None:
+            self._c.apply(rounds.TaskFailed(client_id, f"{task.reason}; it did not come back"))
+            return
+        results = await self._submodels(current.number, [device])
+        plans, choices = await self._task_plans(results)
+        if client_id not in plans:
+            reason = f"{task.reason}; nothing smaller is possible"
+            self._c.apply(rounds.TaskFailed(client_id, reason))
+            return
+        self._c.replace_task(client_id, plans[client_id], choices[client_id])
+        self._log.warning(
+            "smaller task",
+            round=current.number,
+            client=client_id,
+            components=len(plans[client_id].components),
+            reason=task.reason,
         )
 
     def _warn_of_uncovered(

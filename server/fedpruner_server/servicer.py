@@ -56,7 +56,9 @@ class Federation(FederationServicer):
 
     async def PullTask(self, request: pb.PullTaskRequest, _: Any) -> pb.PullTaskReply:
         device = self._tasks.device(request.client_id, request.session)
-        answer = await self._tasks.pull(device, request.wait_s)
+        answer = await self._tasks.pull(
+            device, request.wait_s, memory_budget_bytes=request.memory_budget_bytes
+        )
         if isinstance(answer, Task):
             return pb.PullTaskReply(task=convert.task_to_pb(answer))
         if isinstance(answer, ProbeTask):
@@ -126,7 +128,13 @@ class Federation(FederationServicer):
         self, request: pb.ReportFailureRequest, _: Any
     ) -> pb.ReportFailureReply:
         device = self._tasks.device(request.client_id, request.session)
-        self._tasks.task_failed(device, task_id=request.task_id, reason=request.reason[:500])
+        self._tasks.task_failed(
+            device,
+            task_id=request.task_id,
+            reason=request.reason[:500],
+            out_of_memory=request.out_of_memory,
+            memory_budget_bytes=request.memory_budget_bytes,
+        )
         return pb.ReportFailureReply()
 
 

@@ -76,6 +76,8 @@ def plan_to_json(plan: TaskPlan) -> Json:
         "bridge": asdict(plan.bridge),
         "bridge_file": asdict(plan.bridge_file) if plan.bridge_file else None,
         "streamed": list(plan.streamed),
+        "model_peak_bytes": plan.model_peak_bytes,
+        "floor_bytes": plan.floor_bytes,
     }
 
 
@@ -88,4 +90,6 @@ def plan_from_json(data: Json) -> TaskPlan:
         bridge=BridgeSettings(**{**bridge, "kind": BridgeKind(bridge["kind"])}),
         bridge_file=FileInfo(**data["bridge_file"]) if data["bridge_file"] else None,
         streamed=tuple(data["streamed"]),
+        model_peak_bytes=data["model_peak_bytes"],
+        floor_bytes=data["floor_bytes"],
     )

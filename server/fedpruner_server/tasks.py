@@ -67,12 +67,20 @@ class Tasks:
         """The device behind a call."""
         return self._c.registry.authenticate(client_id, session, now=time.monotonic())
 
-    async def pull(self, device: Device, wait_s: float) -> Task | ProbeTask | Waiting | Finished:
+    async def pull(
+        self, device: Device, wait_s: float, *, memory_budget_bytes: int = 0
+    ) -> Task | ProbeTask | Waiting | Finished:
         """The device's task; waits for one at most `wait_s`.
+
+        Args:
+            device: that asks.
+            wait_s: how long.
+            memory_budget_bytes: what it offers by now; 0 for what it offered before.
 
         Raises:
             BudgetTooSmall: no submodel fits this device.
         """
+        self._note_budget(device, memory_budget_bytes)
         deadline = time.monotonic() + min(PULL_WAIT_S, wait_s)
         while True:
             answer = self._next_for(device)
@@ -108,12 +116,13 @@ class Tasks:
             fit_somehow(
                 self._c.spec,
                 self._c.plan_settings(),
-                budget_bytes=device.memory_budget_bytes,
+                budget_bytes=self._c.budget_of(device),
                 floor_bytes=device.floor_bytes,
             )
         except BudgetTooSmall as error:
             device.unfit = device.last_failure = str(error)
             raise
+        device.unfit = ""
 
     def _task(self, device: Device) -> Task:
         """The task of a client in the current round, from what the journal says of it."""
@@ -250,8 +259,35 @@ class Tasks:
             train_loss=round(metrics.train_loss_last, 4),
         )
 
-    def task_failed(self, device: Device, *, task_id: str, reason: str) -> None:
-        """Take note that a device cannot do its task."""
+    def _note_budget(self, device: Device, memory_budget_bytes: int) -> None:
+        """Take note of what a device offers by now."""
+        if memory_budget_bytes and memory_budget_bytes != device.memory_budget_bytes:
+            device.memory_budget_bytes = memory_budget_bytes
+            self._log.info(
+                "device offers another budget",
+                client=device.client_id,
+                budget_bytes=memory_budget_bytes,
+            )
+
+    def task_failed(
+        self,
+        device: Device,
+        *,
+        task_id: str,
+        reason: str,
+        out_of_memory: bool = False,
+        memory_budget_bytes: int = 0,
+    ) -> None:
+        """Take note that a device cannot do its task.
+
+        Args:
+            device: that says so.
+            task_id: what it cannot do.
+            reason: for people.
+            out_of_memory: it is to get a smaller task.
+            memory_budget_bytes: what it offers by now; 0 for what it offered before.
+        """
+        self._note_budget(device, memory_budget_bytes)
         survey = self._c.survey
         if survey is not None and survey.tasks.get(device.client_id) == task_id:
             survey.failed[device.client_id] = reason
@@ -260,11 +296,15 @@ class Tasks:
             self._log.warning("layers not measured", client=device.client_id, reason=reason)
             self._c.wake()
             return
-        self.client_record(device, task_id)
+        record = self.client_record(device, task_id)
         device.last_failure = reason
         device.task_id = ""
         self._log.warning("task failed", client=device.client_id, reason=reason)
-        self._c.apply(rounds.TaskFailed(device.client_id, reason))
+        if out_of_memory:
+            refused = record.predicted_peak_bytes > device.memory_budget_bytes
+            self._c.apply(rounds.TaskTooLarge(device.client_id, reason, refused=refused))
+        else:
+            self._c.apply(rounds.TaskFailed(device.client_id, reason))
 
 
 def _check_update_file(path: Path, shapes: dict[str, tuple[int, int]]) -> None:

@@ -102,6 +102,7 @@ def arguments(
         "adapter": str(work_dir / "adapter.safetensors"),
         "update": str(work_dir / "update.safetensors"),
         "data": [str(tiny.path / "data.txt")],
+        "memory_budget_bytes": None,
         "device": "cpu",
     }
 

@@ -30,6 +30,9 @@ TORCH_HOMES = (
     "fedpruner_client.sweep",
     "fedpruner_client.workshop",
     "fedpruner_client.train",
+    "fedpruner_client.loss",
+    "fedpruner_client.optimizer",
+    "fedpruner_client.gpu",  # for its types only
     "fedpruner_client.memory",
     "fedpruner_client.train_jobs",
     "fedpruner_simulate.simulation",

@@ -1,6 +1,7 @@
 """Settings -> the method's parts, and a client's task from its plan."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from fedpruner_common.task import NO_BRIDGE, BridgeKind, BridgeSettings
 from fedpruner_server import specs
 from fedpruner_server.config import AggregationOptions, PlanOptions, ServerSettings
 from fedpruner_server.core.aggregation import AggregationSettings, Factor
+from fedpruner_server.core.calibration import UNCALIBRATED, Calibration
 from fedpruner_server.core.coverage import Coverage
 from fedpruner_server.core.grouping import Grouping
 from fedpruner_server.core.planning import ClientPlan, Policy
@@ -32,6 +34,7 @@ from fedpruner_server.method import (
     aggregation_settings,
     as_sent,
     bridge_settings,
+    calibrated_budget,
     make_probe,
     make_task,
     mixed,
@@ -182,7 +185,31 @@ def test_a_sweep_needs_the_whole_adapter_and_training_only_its_part():
 def test_what_is_kept_of_a_plan_is_all_that_its_task_needs():
     bridge, file = BridgeSettings(BridgeKind.SCALE), FileInfo("b", 1, HASH)
     plan = ClientPlan(Submodel.of(3, MIDDLE), 11, {}, bridge, (1,))
-    assert task_plan(plan, file) == TaskPlan(MIDDLE, 11, bridge, file, (1,))
+    assert task_plan(plan, file) == TaskPlan(MIDDLE, 11, bridge, file, (1,), 11)
+
+
+def test_a_calibrated_plan_expects_what_the_device_has_shown():
+    plan = ClientPlan(Submodel.of(3, MIDDLE), 1000, {})
+    found = task_plan(plan, None, floor_bytes=400, calibration=Calibration(1.5))
+    assert (found.predicted_peak_bytes, found.model_peak_bytes, found.floor_bytes) == (
+        1300, 1000, 400,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("calibration", "usable"),
+    [
+        (UNCALIBRATED, 900),  # 10 % of 1000 stay free
+        (Calibration(1.25), 400 + 500 / 1.25),
+        (Calibration(0.5), 400 + 500 / 0.5),
+        (Calibration(1.0, too_much_bytes=300), 400 + 270),  # at most 0.9 of what was too much
+        (Calibration(2.0, too_much_bytes=300), 400 + 250),
+    ],
+)
+def test_a_calibrated_budget_plans_what_the_device_can_hold(calibration, usable):
+    plan = replace(plan_settings(settings_of(), None), margin=0.1)
+    budget = calibrated_budget(plan, calibration, budget_bytes=1000, floor_bytes=400)
+    assert plan.usable_bytes(budget) == usable
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,11 @@ from fedpruner_server.core.round import (
     Phase,
     Publish,
     Round,
+    Shrink,
     TaskFailed,
+    TaskReplaced,
+    TaskState,
+    TaskTooLarge,
     Tick,
     UpdateStored,
     check_accepts,
@@ -205,3 +209,61 @@ def test_a_long_task_id_of_a_stranger_is_not_repeated_whole():
     with pytest.raises(StaleRound) as caught:
         accepts(play()[0], "a", "x" * 100_000)
     assert len(str(caught.value)) < 200
+
+
+# A smaller task in the same round
+
+
+def test_a_client_out_of_memory_is_waited_for_until_it_has_a_smaller_task():
+    current, effects = play(TaskTooLarge("a", "killed"), UpdateStored("b"), UpdateStored("c"))
+    assert effects == [Shrink("a")]
+    assert current.phase is Phase.TRAINING
+    assert current.clients(Outcome.SHRINKING) == ("a",)
+    current, effects = step(current, TaskReplaced("a", "t1.2"))
+    assert effects == ()
+    assert current.tasks["a"] == TaskState("t1.2")
+    current, effects = step(current, UpdateStored("a"))
+    assert effects == (Aggregate(("a", "b", "c")),)
+
+
+def test_running_out_of_memory_twice_asks_twice_and_saying_it_twice_once():
+    again = TaskTooLarge("a", "killed")
+    _, effects = play(again, again, TaskReplaced("a", "t1.2"), again)
+    assert effects == [Shrink("a"), Shrink("a")]
+
+
+def test_a_client_for_which_nothing_is_small_enough_is_out():
+    events = TaskTooLarge("a", "killed"), TaskFailed("a", "killed; nothing smaller is possible")
+    current, effects = play(*events, UpdateStored("b"), UpdateStored("c"))
+    assert effects == [Shrink("a"), Aggregate(("b", "c"))]
+    assert current.tasks["a"].reason == "killed; nothing smaller is possible"
+
+
+def test_the_deadline_does_not_wait_for_a_smaller_task():
+    current, effects = play(UpdateStored("b"), UpdateStored("c"), TaskTooLarge("a", "killed"), LATE)
+    assert effects == [Shrink("a"), Aggregate(("b", "c"))]
+    assert step(current, TaskReplaced("a", "t1.2")) == (current, ())
+
+
+def test_a_lost_client_may_come_back_to_say_that_memory_ran_out():
+    current, effects = play(ClientLost("a"), TaskTooLarge("a", "killed"))
+    assert effects == [Shrink("a")]
+    assert current.clients(Outcome.SHRINKING) == ("a",)
+
+
+@pytest.mark.parametrize(
+    "event", [TaskReplaced("a", "t9"), TaskReplaced("x", "t9"), TaskTooLarge("x", "killed")]
+)
+def test_nothing_is_replaced_that_nobody_asked_to(event):
+    current, _ = play()
+    assert step(current, event) == (current, ())
+
+
+def test_an_update_for_a_task_that_was_too_large_is_refused():
+    current, _ = play(TaskTooLarge("a", "killed"))
+    with pytest.raises(StaleRound, match="reported as failed"):
+        check_accepts(current, client_id="a", task_id="t1")
+    current, _ = step(current, TaskReplaced("a", "t1.2"))
+    with pytest.raises(StaleRound, match="not part of round"):
+        check_accepts(current, client_id="a", task_id="t1")
+    assert check_accepts(current, client_id="a", task_id="t1.2")

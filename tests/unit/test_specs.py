@@ -68,6 +68,8 @@ def test_a_plan_is_written_in_words():
         "bridge": {"kind": BridgeKind.OFF, "rank": 0, "local": False, "corrected": False},
         "bridge_file": None,
         "streamed": [1],
+        "model_peak_bytes": 0,
+        "floor_bytes": 0,
     }
     assert through_json(specs.plan_to_json(TaskPlan((), 0)))["bridge"]["kind"] == "off"
 

@@ -24,6 +24,7 @@ LOCAL = [
     errors.DataError,
     errors.StorageError,
     errors.RunFailed,
+    errors.OutOfMemory,
     errors.ChildDied,
 ]
 

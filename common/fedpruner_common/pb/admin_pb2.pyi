@@ -48,7 +48,7 @@ class DevicesRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Device(_message.Message):
-    __slots__ = ("client_id", "state", "activity", "step", "num_steps", "train_loss", "memory_budget_bytes", "floor_bytes", "predicted_peak_bytes", "measured_peak_bytes", "components", "num_components_total", "last_seen_s", "last_failure", "bytes_down", "bytes_up")
+    __slots__ = ("client_id", "state", "activity", "step", "num_steps", "train_loss", "memory_budget_bytes", "floor_bytes", "predicted_peak_bytes", "measured_peak_bytes", "components", "num_components_total", "last_seen_s", "last_failure", "bytes_down", "bytes_up", "memory_ratio", "too_much_bytes")
     CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     ACTIVITY_FIELD_NUMBER: _ClassVar[int]
@@ -65,6 +65,8 @@ class Device(_message.Message):
     LAST_FAILURE_FIELD_NUMBER: _ClassVar[int]
     BYTES_DOWN_FIELD_NUMBER: _ClassVar[int]
     BYTES_UP_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_RATIO_FIELD_NUMBER: _ClassVar[int]
+    TOO_MUCH_BYTES_FIELD_NUMBER: _ClassVar[int]
     client_id: str
     state: str
     activity: str
@@ -81,7 +83,9 @@ class Device(_message.Message):
     last_failure: str
     bytes_down: int
     bytes_up: int
-    def __init__(self, client_id: _Optional[str] = ..., state: _Optional[str] = ..., activity: _Optional[str] = ..., step: _Optional[int] = ..., num_steps: _Optional[int] = ..., train_loss: _Optional[float] = ..., memory_budget_bytes: _Optional[int] = ..., floor_bytes: _Optional[int] = ..., predicted_peak_bytes: _Optional[int] = ..., measured_peak_bytes: _Optional[int] = ..., components: _Optional[_Iterable[str]] = ..., num_components_total: _Optional[int] = ..., last_seen_s: _Optional[float] = ..., last_failure: _Optional[str] = ..., bytes_down: _Optional[int] = ..., bytes_up: _Optional[int] = ...) -> None: ...
+    memory_ratio: float
+    too_much_bytes: int
+    def __init__(self, client_id: _Optional[str] = ..., state: _Optional[str] = ..., activity: _Optional[str] = ..., step: _Optional[int] = ..., num_steps: _Optional[int] = ..., train_loss: _Optional[float] = ..., memory_budget_bytes: _Optional[int] = ..., floor_bytes: _Optional[int] = ..., predicted_peak_bytes: _Optional[int] = ..., measured_peak_bytes: _Optional[int] = ..., components: _Optional[_Iterable[str]] = ..., num_components_total: _Optional[int] = ..., last_seen_s: _Optional[float] = ..., last_failure: _Optional[str] = ..., bytes_down: _Optional[int] = ..., bytes_up: _Optional[int] = ..., memory_ratio: _Optional[float] = ..., too_much_bytes: _Optional[int] = ...) -> None: ...
 
 class DevicesReply(_message.Message):
     __slots__ = ("devices",)
@@ -94,7 +98,7 @@ class RoundsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ClientRound(_message.Message):
-    __slots__ = ("client_id", "outcome", "reason", "predicted_peak_bytes", "measured_peak_bytes", "num_components", "num_examples", "train_loss", "train_s", "bytes_down", "bytes_up", "components", "base_bytes_down")
+    __slots__ = ("client_id", "outcome", "reason", "predicted_peak_bytes", "measured_peak_bytes", "num_components", "num_examples", "train_loss", "train_s", "bytes_down", "bytes_up", "components", "base_bytes_down", "rungs", "too_large")
     CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
     OUTCOME_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
@@ -108,6 +112,8 @@ class ClientRound(_message.Message):
     BYTES_UP_FIELD_NUMBER: _ClassVar[int]
     COMPONENTS_FIELD_NUMBER: _ClassVar[int]
     BASE_BYTES_DOWN_FIELD_NUMBER: _ClassVar[int]
+    RUNGS_FIELD_NUMBER: _ClassVar[int]
+    TOO_LARGE_FIELD_NUMBER: _ClassVar[int]
     client_id: str
     outcome: str
     reason: str
@@ -121,7 +127,9 @@ class ClientRound(_message.Message):
     bytes_up: int
     components: _containers.RepeatedScalarFieldContainer[str]
     base_bytes_down: int
-    def __init__(self, client_id: _Optional[str] = ..., outcome: _Optional[str] = ..., reason: _Optional[str] = ..., predicted_peak_bytes: _Optional[int] = ..., measured_peak_bytes: _Optional[int] = ..., num_components: _Optional[int] = ..., num_examples: _Optional[int] = ..., train_loss: _Optional[float] = ..., train_s: _Optional[float] = ..., bytes_down: _Optional[int] = ..., bytes_up: _Optional[int] = ..., components: _Optional[_Iterable[str]] = ..., base_bytes_down: _Optional[int] = ...) -> None: ...
+    rungs: _containers.RepeatedScalarFieldContainer[str]
+    too_large: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, client_id: _Optional[str] = ..., outcome: _Optional[str] = ..., reason: _Optional[str] = ..., predicted_peak_bytes: _Optional[int] = ..., measured_peak_bytes: _Optional[int] = ..., num_components: _Optional[int] = ..., num_examples: _Optional[int] = ..., train_loss: _Optional[float] = ..., train_s: _Optional[float] = ..., bytes_down: _Optional[int] = ..., bytes_up: _Optional[int] = ..., components: _Optional[_Iterable[str]] = ..., base_bytes_down: _Optional[int] = ..., rungs: _Optional[_Iterable[str]] = ..., too_large: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Round(_message.Message):
     __slots__ = ("round", "phase", "loss", "seconds", "clients", "explanation", "losses")

@@ -53,14 +53,16 @@ class HeartbeatReply(_message.Message):
     def __init__(self, task_id: _Optional[str] = ...) -> None: ...
 
 class PullTaskRequest(_message.Message):
-    __slots__ = ("client_id", "session", "wait_s")
+    __slots__ = ("client_id", "session", "wait_s", "memory_budget_bytes")
     CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
     SESSION_FIELD_NUMBER: _ClassVar[int]
     WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
     client_id: str
     session: str
     wait_s: float
-    def __init__(self, client_id: _Optional[str] = ..., session: _Optional[str] = ..., wait_s: _Optional[float] = ...) -> None: ...
+    memory_budget_bytes: int
+    def __init__(self, client_id: _Optional[str] = ..., session: _Optional[str] = ..., wait_s: _Optional[float] = ..., memory_budget_bytes: _Optional[int] = ...) -> None: ...
 
 class PullTaskReply(_message.Message):
     __slots__ = ("task", "waiting", "finished", "probe")
@@ -119,7 +121,7 @@ class LoraSettings(_message.Message):
     def __init__(self, r: _Optional[int] = ..., lora_alpha: _Optional[float] = ..., lora_dropout: _Optional[float] = ..., target_modules: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class TrainingSettings(_message.Message):
-    __slots__ = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "max_seq_length", "learning_rate", "weight_decay", "max_grad_norm", "gradient_checkpointing", "dtype", "seed", "proximal_mu", "train_factor")
+    __slots__ = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "max_seq_length", "learning_rate", "weight_decay", "max_grad_norm", "gradient_checkpointing", "dtype", "seed", "proximal_mu", "train_factor", "loss_chunk", "optim")
     PER_DEVICE_TRAIN_BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
     GRADIENT_ACCUMULATION_STEPS_FIELD_NUMBER: _ClassVar[int]
     MAX_STEPS_FIELD_NUMBER: _ClassVar[int]
@@ -132,6 +134,8 @@ class TrainingSettings(_message.Message):
     SEED_FIELD_NUMBER: _ClassVar[int]
     PROXIMAL_MU_FIELD_NUMBER: _ClassVar[int]
     TRAIN_FACTOR_FIELD_NUMBER: _ClassVar[int]
+    LOSS_CHUNK_FIELD_NUMBER: _ClassVar[int]
+    OPTIM_FIELD_NUMBER: _ClassVar[int]
     per_device_train_batch_size: int
     gradient_accumulation_steps: int
     max_steps: int
@@ -144,7 +148,9 @@ class TrainingSettings(_message.Message):
     seed: int
     proximal_mu: float
     train_factor: str
-    def __init__(self, per_device_train_batch_size: _Optional[int] = ..., gradient_accumulation_steps: _Optional[int] = ..., max_steps: _Optional[int] = ..., max_seq_length: _Optional[int] = ..., learning_rate: _Optional[float] = ..., weight_decay: _Optional[float] = ..., max_grad_norm: _Optional[float] = ..., gradient_checkpointing: bool = ..., dtype: _Optional[str] = ..., seed: _Optional[int] = ..., proximal_mu: _Optional[float] = ..., train_factor: _Optional[str] = ...) -> None: ...
+    loss_chunk: int
+    optim: str
+    def __init__(self, per_device_train_batch_size: _Optional[int] = ..., gradient_accumulation_steps: _Optional[int] = ..., max_steps: _Optional[int] = ..., max_seq_length: _Optional[int] = ..., learning_rate: _Optional[float] = ..., weight_decay: _Optional[float] = ..., max_grad_norm: _Optional[float] = ..., gradient_checkpointing: bool = ..., dtype: _Optional[str] = ..., seed: _Optional[int] = ..., proximal_mu: _Optional[float] = ..., train_factor: _Optional[str] = ..., loss_chunk: _Optional[int] = ..., optim: _Optional[str] = ...) -> None: ...
 
 class BridgeSettings(_message.Message):
     __slots__ = ("kind", "rank", "local", "corrected")
@@ -291,7 +297,7 @@ class Chunk(_message.Message):
     def __init__(self, blob: _Optional[int] = ..., offset: _Optional[int] = ..., data: _Optional[bytes] = ..., checksum: _Optional[int] = ...) -> None: ...
 
 class UpdateHeader(_message.Message):
-    __slots__ = ("client_id", "session", "task_id", "round", "num_examples", "num_tokens", "train_loss_first", "train_loss_last", "measured_peak_bytes", "num_bytes", "train_s")
+    __slots__ = ("client_id", "session", "task_id", "round", "num_examples", "num_tokens", "train_loss_first", "train_loss_last", "measured_peak_bytes", "num_bytes", "train_s", "rungs")
     CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
     SESSION_FIELD_NUMBER: _ClassVar[int]
     TASK_ID_FIELD_NUMBER: _ClassVar[int]
@@ -303,6 +309,7 @@ class UpdateHeader(_message.Message):
     MEASURED_PEAK_BYTES_FIELD_NUMBER: _ClassVar[int]
     NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
     TRAIN_S_FIELD_NUMBER: _ClassVar[int]
+    RUNGS_FIELD_NUMBER: _ClassVar[int]
     client_id: str
     session: str
     task_id: str
@@ -314,7 +321,8 @@ class UpdateHeader(_message.Message):
     measured_peak_bytes: int
     num_bytes: int
     train_s: float
-    def __init__(self, client_id: _Optional[str] = ..., session: _Optional[str] = ..., task_id: _Optional[str] = ..., round: _Optional[int] = ..., num_examples: _Optional[int] = ..., num_tokens: _Optional[int] = ..., train_loss_first: _Optional[float] = ..., train_loss_last: _Optional[float] = ..., measured_peak_bytes: _Optional[int] = ..., num_bytes: _Optional[int] = ..., train_s: _Optional[float] = ...) -> None: ...
+    rungs: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, client_id: _Optional[str] = ..., session: _Optional[str] = ..., task_id: _Optional[str] = ..., round: _Optional[int] = ..., num_examples: _Optional[int] = ..., num_tokens: _Optional[int] = ..., train_loss_first: _Optional[float] = ..., train_loss_last: _Optional[float] = ..., measured_peak_bytes: _Optional[int] = ..., num_bytes: _Optional[int] = ..., train_s: _Optional[float] = ..., rungs: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class PushUpdateRequest(_message.Message):
     __slots__ = ("header", "chunk")
@@ -329,16 +337,20 @@ class PushUpdateReply(_message.Message):
     def __init__(self) -> None: ...
 
 class ReportFailureRequest(_message.Message):
-    __slots__ = ("client_id", "session", "task_id", "reason")
+    __slots__ = ("client_id", "session", "task_id", "reason", "out_of_memory", "memory_budget_bytes")
     CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
     SESSION_FIELD_NUMBER: _ClassVar[int]
     TASK_ID_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    OUT_OF_MEMORY_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
     client_id: str
     session: str
     task_id: str
     reason: str
-    def __init__(self, client_id: _Optional[str] = ..., session: _Optional[str] = ..., task_id: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
+    out_of_memory: bool
+    memory_budget_bytes: int
+    def __init__(self, client_id: _Optional[str] = ..., session: _Optional[str] = ..., task_id: _Optional[str] = ..., reason: _Optional[str] = ..., out_of_memory: bool = ..., memory_budget_bytes: _Optional[int] = ...) -> None: ...
 
 class ReportFailureReply(_message.Message):
     __slots__ = ()

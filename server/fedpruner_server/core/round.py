@@ -6,6 +6,9 @@
                                   v                                     v
                               ABANDONED                                DONE
 
+While a round trains, a client that ran out of memory gets a smaller task: TaskTooLarge asks for
+one, TaskReplaced hands it out.
+
 Pure: restarting the coordinator is replaying the journal's events through `step`.
 """
 
@@ -28,6 +31,7 @@ class Outcome(str, Enum):
     """How a client's task stands."""
 
     WORKING = "working"
+    SHRINKING = "shrinking"  # ran out of memory; a smaller task is being planned
     STORED = "stored"
     FAILED = "failed"
     LOST = "lost"
@@ -91,6 +95,27 @@ class TaskFailed:
 
 
 @dataclass(frozen=True)
+class TaskTooLarge:
+    """The client has not the memory for its task.
+
+    Attributes:
+        refused: it said so before it began, having less to offer than it had; else it tried.
+    """
+
+    client_id: str
+    reason: str
+    refused: bool = False
+
+
+@dataclass(frozen=True)
+class TaskReplaced:
+    """The client gets a smaller task in the same round."""
+
+    client_id: str
+    task_id: str
+
+
+@dataclass(frozen=True)
 class ClientLost:
     """The client's lease is over."""
 
@@ -107,7 +132,16 @@ class Aggregated:
     """The new global adapter is durable."""
 
 
-Event = CohortChosen | UpdateStored | TaskFailed | ClientLost | Tick | Aggregated
+Event = (
+    CohortChosen
+    | UpdateStored
+    | TaskFailed
+    | TaskTooLarge
+    | TaskReplaced
+    | ClientLost
+    | Tick
+    | Aggregated
+)
 
 
 # Effects
@@ -116,6 +150,13 @@ Event = CohortChosen | UpdateStored | TaskFailed | ClientLost | Tick | Aggregate
 @dataclass(frozen=True)
 class AssignTasks:
     """Hand out the round's tasks."""
+
+
+@dataclass(frozen=True)
+class Shrink:
+    """Plan a smaller task for this client."""
+
+    client_id: str
 
 
 @dataclass(frozen=True)
@@ -137,7 +178,7 @@ class Abandon:
     reason: str
 
 
-Effect = AssignTasks | Aggregate | Publish | Abandon
+Effect = AssignTasks | Shrink | Aggregate | Publish | Abandon
 
 
 def step(current: Round, event: Event) -> tuple[Round, tuple[Effect, ...]]:
@@ -164,6 +205,11 @@ def step(current: Round, event: Event) -> tuple[Round, tuple[Effect, ...]]:
     if isinstance(event, TaskFailed):
         failed = _mark(current, event.client_id, Outcome.FAILED, event.reason)
         return _settle(failed, timed_out=False)
+    if isinstance(event, TaskTooLarge):
+        shrinking = _mark(current, event.client_id, Outcome.SHRINKING, event.reason)
+        return shrinking, (Shrink(event.client_id),) if shrinking != current else ()
+    if isinstance(event, TaskReplaced):
+        return _replace(current, event), ()
     if isinstance(event, ClientLost):
         reason = "no heartbeat"
         return _settle(_mark(current, event.client_id, Outcome.LOST, reason), timed_out=False)
@@ -172,26 +218,42 @@ def step(current: Round, event: Event) -> tuple[Round, tuple[Effect, ...]]:
     return current, ()
 
 
+# From which outcomes a client may come to another. A lost client that comes back in time with its
+# update, or with the reason why it has none, is welcome; nothing else is undone.
+_OPEN_TO = {
+    Outcome.STORED: {Outcome.WORKING, Outcome.LOST},
+    Outcome.SHRINKING: {Outcome.WORKING, Outcome.LOST},
+    Outcome.FAILED: {Outcome.WORKING, Outcome.SHRINKING},
+    Outcome.LOST: {Outcome.WORKING},
+}
+
+
 def _mark(current: Round, client_id: str, outcome: Outcome, reason: str = "") -> Round:
     task = current.tasks.get(client_id)
-    # A lost client that comes back with its update in time is welcome; nothing else is undone.
-    open_to = {Outcome.WORKING, Outcome.LOST} if outcome is Outcome.STORED else {Outcome.WORKING}
-    if task is None or task.outcome not in open_to:
+    if task is None or task.outcome not in _OPEN_TO[outcome]:
         return current
     tasks = {**current.tasks, client_id: replace(task, outcome=outcome, reason=reason)}
     return replace(current, tasks=tasks)
 
 
+def _replace(current: Round, event: TaskReplaced) -> Round:
+    task = current.tasks.get(event.client_id)
+    if task is None or task.outcome is not Outcome.SHRINKING:
+        return current
+    return replace(current, tasks={**current.tasks, event.client_id: TaskState(event.task_id)})
+
+
 def _settle(current: Round, *, timed_out: bool) -> tuple[Round, tuple[Effect, ...]]:
     """End the training phase when nothing more is to be waited for."""
-    stored, working = current.clients(Outcome.STORED), current.clients(Outcome.WORKING)
+    stored = current.clients(Outcome.STORED)
+    working = current.clients(Outcome.WORKING) + current.clients(Outcome.SHRINKING)
     if working and not timed_out:
         return current, ()
     if len(stored) >= current.quorum:
         return replace(current, phase=Phase.AGGREGATING), (Aggregate(stored),)
     why = "the deadline passed" if working else "nobody is left to wait for"
     troubles = [f"{c}: {t.reason}" for c, t in sorted(current.tasks.items()) if t.reason]
-    troubles += [f"{c}: still working" for c in working]
+    troubles += [f"{c}: still working" for c in current.clients(Outcome.WORKING)]
     reason = f"{len(stored)} of {current.quorum} updates needed when {why}"
     if troubles:
         reason += f" ({'; '.join(troubles)})"
@@ -213,6 +275,6 @@ def check_accepts(current: Round, *, client_id: str, task_id: str) -> bool:
         return False
     if current.phase is not Phase.TRAINING:
         raise StaleRound(f"round {current.number} is {current.phase.value}: too late for an update")
-    if task.outcome is Outcome.FAILED:
+    if task.outcome in (Outcome.FAILED, Outcome.SHRINKING):
         raise StaleRound(f"task {task_id} was reported as failed")
     return True

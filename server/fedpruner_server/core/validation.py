@@ -13,6 +13,7 @@ from fedpruner_server.core.aggregation import Adapter
 
 # A safetensors file is its data plus a JSON header: names, shapes and offsets, padded.
 _HEADER_BYTES_PER_TENSOR = 512
+_MAX_RUNGS, _MAX_RUNG = 32, 100
 _MAX_EXAMPLES = 1 << 40
 _CKA_NOISE = 1e-3
 
@@ -34,6 +35,8 @@ def check_metrics(metrics: UpdateMetrics) -> None:
     for name in ("train_loss_first", "train_loss_last", "train_s"):
         if not math.isfinite(getattr(metrics, name)):
             raise InvalidUpdate(f"{name} is {getattr(metrics, name)}, expected a finite number")
+    if len(metrics.rungs) > _MAX_RUNGS or any(len(rung) > _MAX_RUNG for rung in metrics.rungs):
+        raise InvalidUpdate(f"at most {_MAX_RUNGS} rungs of {_MAX_RUNG} characters")
 
 
 def check_tensors(expected: Mapping[str, tuple[int, int]], found: Mapping[str, TensorInfo]) -> None:
