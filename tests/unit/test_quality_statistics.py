@@ -5,18 +5,18 @@ import math
 import xml.etree.ElementTree as ElementTree
 
 import pytest
-from benchmarks.quality.methods import MAIN
-from benchmarks.quality.report import (
+from benchmarks.quality.charts import ticks
+from benchmarks.quality.comparison import (
     COMPARED,
     Comparison,
     Grid,
     compare_listed,
     gap_closures,
-    page,
-    ticks,
     word_for,
     word_for_default,
 )
+from benchmarks.quality.methods import MAIN
+from benchmarks.quality.report import page
 from benchmarks.quality.statistics import Interval, holm, sign_flip_p, smallest_p, t_interval
 from benchmarks.quality.tuning import TUNING_SEED
 
