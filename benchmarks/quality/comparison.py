@@ -50,6 +50,11 @@ class Grid:
                 runs[record["budgets"], record["method"]][record["seed"]] = record
         return Grid(tuple(records), dict(runs), len(results) - sum(map(len, runs.values())))
 
+    @property
+    def results(self) -> list[Record]:
+        """The records of `runs`."""
+        return [record for by_seed in self.runs.values() for record in by_seed.values()]
+
     def of_method(self, budgets: str, method: str) -> Mapping[int, Record]:
         """Seed -> record; empty when it was not run."""
         return self.runs.get((budgets, method), {})
@@ -60,10 +65,7 @@ class Grid:
 
     def bases(self, budgets: str) -> BySeed:
         """Loss without tuning, for every seed that any method was run with."""
-        runs = [
-            run for (b, _), by_seed in self.runs.items() if b == budgets for run in by_seed.values()
-        ]
-        return {run["seed"]: run["loss_base"] for run in runs}
+        return {r["seed"]: r["loss_base"] for r in self.results if r["budgets"] == budgets}
 
     def by_loss(self, budgets: str, methods: Iterable[str]) -> list[str]:
         """Those of the methods that were run, the lowest mean loss first; diverged ones last."""

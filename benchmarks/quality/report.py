@@ -26,7 +26,7 @@ from benchmarks.quality.comparison import (
     word_for,
     word_for_default,
 )
-from benchmarks.quality.methods import ABLATIONS, BRIDGES, MAIN
+from benchmarks.quality.methods import ABLATIONS, ALL, BRIDGES, MAIN
 from benchmarks.quality.statistics import smallest_p, t_interval
 from benchmarks.quality.tuning import (
     FIRST_RATES,
@@ -102,16 +102,15 @@ def unreachable(found: Mapping[str, Comparison], num_listed: int) -> list[str]:
 
 
 def section_run(grid: Grid, budget_layers: Mapping[str, Sequence[int]]) -> list[str]:
-    first, results = grid.all[0], [r for by_seed in grid.runs.values() for r in by_seed.values()]
+    first = grid.all[0]
     shape, domain = first["shape"], first["domain"]
     layers, rounds = shape["num_layers"], shape["num_rounds"]
-    seeds = {r["seed"] for r in results}
+    seeds = {r["seed"] for r in grid.results}
     data = "" if domain == "headers" else " --data FILE --key KEY"
     command = f"python -m benchmarks.quality{data} --num-rounds {rounds}"
     if seeds:
         command += f" --first-seed {min(seeds)} --seeds {max(seeds) - min(seeds) + 1}"
     text = "C++ headers of the installed torch, one directory per client" * (domain == "headers")
-    num_tuning = sum(r["seed"] == TUNING_SEED for r in grid.all)
     hours = sum(r["seconds"] for r in grid.all) / 3600
     lines = [
         "## 1. What was run",
@@ -130,8 +129,8 @@ def section_run(grid: Grid, budget_layers: Mapping[str, Sequence[int]]) -> list[
         "- Same seed: same cohorts, batches, initial adapter and evaluation text for every method. "
         "The loss is that of the full model on held-out text of all clients, their mean, nats per "
         "token, after the last round; no checkpoint is picked.",
-        f"- Runs: {len(results)} results and {num_tuning} for tuning, {hours:.1f} hours of one "
-        f"process in all; seeds {', '.join(map(str, sorted(seeds))) or 'none'}."
+        f"- Runs: {runs_text(grid)}, {hours:.1f} hours of one process in all; "
+        f"seeds {', '.join(map(str, sorted(seeds))) or 'none'}."
         + (
             f" Not used: {grid.num_unused}, repeated or at another rate." if grid.num_unused else ""
         ),
@@ -150,6 +149,11 @@ def section_run(grid: Grid, budget_layers: Mapping[str, Sequence[int]]) -> list[
         "",
     ]
     return [*lines, *tuning_lines(grid)]
+
+
+def runs_text(grid: Grid) -> str:
+    num_tuning = sum(record["seed"] == TUNING_SEED for record in grid.all)
+    return f"{len(grid.results)} results and {num_tuning} for tuning"
 
 
 def tally(records: Iterable[Record], key: str) -> str:
@@ -182,7 +186,7 @@ def tuning_lines(grid: Grid) -> list[str]:
             rows.append([f"`{method}`", "–", "not tuned yet", "–"])
             continue
         best = rates.get(method)
-        at_edge = best is not None and best in (min(tried), max(tried))
+        at_edge = best in (min(tried), max(tried))
         if at_edge:
             edges.append(method)
         shares = [name for name in MAIN if MAIN[name].tuned_as == method]
@@ -274,28 +278,42 @@ def base_row(grid: Grid, budgets: str) -> tuple[float, list[str]]:
 
 
 def main_row(grid: Grid, budgets: str, method: str, comparison: Comparison | None) -> list[str]:
-    losses = grid.values(budgets, method, "loss")
-    gaps = t_interval(list(gap_closures(grid, budgets, method).values()))
-    remarks = []
-    if method == "full":
-        remarks.append("reference: memory for everything")
-    if ends_worse(grid, budgets, method):
-        remarks.append(WORSE)
-    if losses.keys() != grid.values(budgets, "default", "loss").keys():
-        remarks.append("other seeds than the default")
-    if gaps.num != len(losses):
-        remarks.append(f"gap closure of {counted(gaps.num, 'seed')}")
     return [
-        {"full": "*full*", "default": "**default**"}.get(method, f"`{method}`"),
-        number(mean(losses.values()), ".3f"),
-        "100" if method == "full" and gaps.num else spread(gaps, ".1f"),
+        *loss_cells(grid, budgets, method),
         spread(comparison.difference, "+.4f") if comparison else "–",
         p_text(comparison.p if comparison else None),
         p_text(comparison.adjusted if comparison else None),
-        str(len(losses)),
+        str(len(grid.of_method(budgets, method))),
         word_for_default(comparison).removeprefix("default ") if comparison else "–",
-        "; ".join(remarks),
+        remarks(grid, budgets, method),
     ]
+
+
+def loss_cells(grid: Grid, budgets: str, method: str) -> list[str]:
+    """Name, mean loss and gap closure."""
+    losses = grid.values(budgets, method, "loss").values()
+    gaps = t_interval(list(gap_closures(grid, budgets, method).values()))
+    return [
+        {"full": "*full*", "default": "**default**"}.get(method, f"`{method}`"),
+        number(mean(losses), ".3f"),
+        "100" if method == "full" and gaps.num else spread(gaps, ".1f"),
+    ]
+
+
+def remarks(grid: Grid, budgets: str, method: str) -> str:
+    """What sets a method's row apart from the others."""
+    seeds = grid.of_method(budgets, method).keys()
+    num_gaps = len(gap_closures(grid, budgets, method))
+    found = []
+    if method == "full":
+        found.append("reference: memory for everything")
+    if ends_worse(grid, budgets, method):
+        found.append(WORSE)
+    if seeds != grid.of_method(budgets, "default").keys():
+        found.append("other seeds than the default")
+    if num_gaps != len(seeds):
+        found.append(f"gap closure of {counted(num_gaps, 'seed')}")
+    return "; ".join(found)
 
 
 def section_submodels(grid: Grid, budgets: str) -> list[str]:
@@ -456,16 +474,70 @@ def ablation_chart(series: Sequence[Series]) -> str:
     )
 
 
-def limits(grid: Grid) -> list[str]:
-    shape = grid.all[0]["shape"]
-    counts = {len(by_seed) for by_seed in grid.runs.values()} or {0}
-    rounds, steps = shape["num_rounds"], shape["max_steps"]
-    return [
-        "## 7. What the numbers do not say",
+def section_others(others: Sequence[Grid]) -> list[str]:
+    """A short table for each other base model or text and setting; nothing without any."""
+    if not others:
+        return []
+    lines = [
+        "## 7. Other base models and text",
         "",
-        f"- One small model of {shape['num_layers']} layers, pretrained once. Large models have "
+        "The grid again, or part of it, with learning rates tuned anew as in section 1 and layers "
+        "scaled to the model. Every row is compared with the default there, as in section 2, but "
+        "nothing was listed before and p is not corrected: these are leads. p needs two seeds, and "
+        "n of them cannot bring it below 2 / 2ⁿ. ⚠ marks a rate at the edge of those tried.",
+        "",
+    ]
+    for grid in others:
+        first, shape = grid.all[0], grid.all[0]["shape"]
+        rates = [
+            f"`{name}` {rate:g}" + (" ⚠" if rate in (min(tried), max(tried)) else "")
+            for name, rate in best_rates(grid.all).items()
+            for tried in [tried_rates(name, grid.all)]
+        ]
+        lines += [
+            f"### `{first['model']}`, `{first['domain']}`",
+            "",
+            f"- {shape['num_layers']} layers, {shape['num_rounds']} rounds of "
+            f"{shape['max_steps']} steps. Runs: {runs_text(grid)}.",
+            f"- Learning rates: {', '.join(rates) or 'not tuned yet'}.",
+            *inconsistencies(grid),
+            "",
+            *(line for budgets in SETTINGS for line in other_table(grid, budgets)),
+        ]
+    return lines
+
+
+def other_table(grid: Grid, budgets: str) -> list[str]:
+    """What was run in a setting, each against the default; nothing without runs."""
+    base_loss, base = base_row(grid, budgets)
+    if not base:
+        return []
+    name, loss, gap, difference, p, _, num, _, remark = base
+    rows = [(base_loss, [name, loss, gap, difference, p, num, remark])]
+    for method in grid.by_loss(budgets, ALL):
+        losses = grid.values(budgets, method, "loss")
+        versus = compare(grid, budgets, method, "default")
+        cells = loss_cells(grid, budgets, method)
+        cells.append("–" if method == "default" else spread(versus.difference, "+.4f"))
+        has_p = method != "default" and versus.difference.num >= 2
+        cells.append(p_text(versus.p if has_p else None))
+        row = [*cells, str(len(losses)), remarks(grid, budgets, method)]
+        rows.append((mean(losses.values()), row))
+    header = ["method", "loss", "gap closure, %", "loss − default", "p", "n", "remark"]
+    return [f"#### `{budgets}`", "", *table(header, in_order(rows))]
+
+
+def limits(grid: Grid, others: Sequence[Grid]) -> list[str]:
+    shape = grid.all[0]["shape"]
+    counts = {len(by_seed) for g in (grid, *others) for by_seed in g.runs.values()} or {0}
+    rounds, steps = shape["num_rounds"], shape["max_steps"]
+    one = "Sections 1 to 6: one" if others else "One"
+    return [
+        f"## {8 if others else 7}. What the numbers do not say",
+        "",
+        f"- {one} small model of {shape['num_layers']} layers, pretrained once. Large models have "
         "more redundant layers; neither sizes nor signs of differences carry over by themselves.",
-        f"- One domain (`{grid.all[0]['domain']}`), one split of it between clients.",
+        f"- {one} domain (`{grid.all[0]['domain']}`), one split of it between clients.",
         f"- Few seeds: {range_text(counts)} per row. They vary sampling, batches and the initial "
         "adapter, not the pretrained model, the text or the held-out part.",
         f"- Short runs: {rounds} rounds of {steps} steps. What is ahead early need not be ahead "
@@ -484,6 +556,7 @@ def page(
     budget_layers: Mapping[str, Sequence[int]],
     floor_bytes: int,
     image_dir: str,
+    others: Sequence[Sequence[Record]] = (),
 ) -> tuple[str, dict[str, str]]:
     """The page in Markdown, and its images: file name -> SVG.
 
@@ -492,13 +565,14 @@ def page(
         budget_layers: setting -> layers that each device has memory for.
         floor_bytes: memory of a process before any model, included in `peak_bytes`.
         image_dir: of the images, as the page refers to it.
+        others: the records of each other base model or text; at least one in each.
 
     Raises:
         ValueError: the records do not belong together, or there are none.
     """
     if not records:
         raise ValueError("no records yet: run python -m benchmarks.quality first")
-    grid = Grid.of(records)
+    grid, other_grids = Grid.of(records), [Grid.of(those) for those in others]
     gaps, ablations = gap_series(grid), ablation_series(grid)
     images = {"gap-closure.svg": gap_chart(gaps), "ablations.svg": ablation_chart(ablations)}
     gap_text = spoken("Gap closure by method, per cent, mean and 95 % interval", gaps)
@@ -574,9 +648,14 @@ def page(
         "Each against `bridge`, at its learning rate; read as section 5.",
         "",
         *section_variants(grid, BRIDGES, "bridge"),
-        *limits(grid),
+        *section_others(other_grids),
+        *limits(grid, other_grids),
     ]
     return "\n".join(lines).rstrip("\n") + "\n", images
+
+
+def records_of(path: Path) -> list[Record]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def main() -> None:
@@ -585,20 +664,24 @@ def main() -> None:
     from fedpruner_simulate.fleet import FLOOR_BYTES
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--domain", default="headers")
+    parser.add_argument(
+        "--domain", default="headers", help="what the page is about; the others get a section"
+    )
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results.md")
     arguments = parser.parse_args()
-    path = ROOT / "benchmarks" / "results" / f"quality-{arguments.domain}.jsonl"
+    results = ROOT / "benchmarks" / "results"
+    path = results / f"quality-{arguments.domain}.jsonl"
     if not path.exists():
         raise SystemExit(f"{path} is missing: run python -m benchmarks.quality first")
-    records = [json.loads(line) for line in path.read_text().splitlines()]
+    others = [other for other in sorted(results.glob("quality-*.jsonl")) if other != path]
     output: Path = arguments.output
     image_dir = output.with_suffix("")
     text, images = page(
-        records,
+        records_of(path),
         budget_layers=BUDGETS,
         floor_bytes=FLOOR_BYTES,
         image_dir=image_dir.name,
+        others=[found for other in others if (found := records_of(other))],
     )
     image_dir.mkdir(parents=True, exist_ok=True)
     output.write_text(text)
