@@ -358,6 +358,12 @@ def residual_factors(state: ServerState) -> dict[str, tuple[Array, Array]]:
     }
 
 
+def squared_norm(product: LowRank) -> float:
+    """Squared Frobenius norm of P Q: the trace of (P'P)(Q Q'), from the two small matrices."""
+    left, right = product
+    return max(0.0, float(((left.T @ left) * (right @ right.T)).sum()))
+
+
 def initial_adapter(shapes: Mapping[str, tuple[int, int]], *, seed: int) -> dict[str, Array]:
     """The adapter before round 1: A uniform in ±1/sqrt(in_features) as PEFT draws it, B zero.
 
@@ -747,9 +753,7 @@ def _fedit_error(parts: Sequence[_Part]) -> float | None:
 
 
 def _norm(product: LowRank) -> float:
-    """Frobenius norm of a product, from the two small Gram matrices."""
-    left, right = product
-    return math.sqrt(max(0.0, float(((left.T @ left) * (right @ right.T)).sum())))
+    return math.sqrt(squared_norm(product))
 
 
 def _float32(values: Array64) -> Array:
