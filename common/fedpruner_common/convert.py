@@ -5,6 +5,8 @@ Reading a message checks it: what comes back satisfies the invariants of the dom
 
 import re
 from collections.abc import Iterable
+from dataclasses import asdict, fields
+from typing import Any
 
 import numpy as np
 
@@ -32,6 +34,7 @@ from fedpruner_common.task import (
 )
 
 _MAX_LAYERS = 1 << 14
+_TRAIN_FACTORS = ("both", "A", "B")
 _HASH = re.compile(r"[0-9a-f]{64}")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 
@@ -47,20 +50,7 @@ def task_to_pb(task: Task) -> pb.Task:
         tensors=map(_tensor_to_pb, task.tensors),
         files=map(_file_to_pb, task.files),
         lora=_lora_to_pb(task.lora),
-        training=pb.TrainingSettings(
-            per_device_train_batch_size=task.training.per_device_train_batch_size,
-            gradient_accumulation_steps=task.training.gradient_accumulation_steps,
-            max_steps=task.training.max_steps,
-            max_seq_length=task.training.max_seq_length,
-            learning_rate=task.training.learning_rate,
-            weight_decay=task.training.weight_decay,
-            max_grad_norm=task.training.max_grad_norm,
-            gradient_checkpointing=task.training.gradient_checkpointing,
-            dtype=task.training.dtype,
-            seed=task.training.seed,
-            proximal_mu=task.training.proximal_mu,
-            train_factor=task.training.train_factor,
-        ),
+        training=pb.TrainingSettings(**asdict(task.training)),
         predicted_peak_bytes=task.predicted_peak_bytes,
         bridge=pb.BridgeSettings(
             kind=task.bridge.kind.value,
@@ -220,26 +210,15 @@ def _lora_from_pb(message: pb.LoraSettings) -> LoraSettings:
 
 
 def _training_from_pb(message: pb.TrainingSettings) -> TrainingSettings:
-    return TrainingSettings(
-        per_device_train_batch_size=message.per_device_train_batch_size,
-        gradient_accumulation_steps=message.gradient_accumulation_steps,
-        max_steps=message.max_steps,
-        max_seq_length=message.max_seq_length,
-        learning_rate=message.learning_rate,
-        weight_decay=message.weight_decay,
-        max_grad_norm=message.max_grad_norm,
-        gradient_checkpointing=message.gradient_checkpointing,
-        dtype=message.dtype,
-        seed=message.seed,
-        proximal_mu=message.proximal_mu,
-        train_factor=_one_of(message.train_factor, ("both", "A", "B")),
-    )
+    training = TrainingSettings(**_named_alike(message, TrainingSettings))
+    if training.train_factor not in _TRAIN_FACTORS:
+        raise ValueError(f"{training.train_factor!r} is none of {', '.join(_TRAIN_FACTORS)}")
+    return training
 
 
-def _one_of(text: str, allowed: tuple[str, ...]) -> str:
-    if text not in allowed:
-        raise ValueError(f"{text!r} is none of {', '.join(allowed)}")
-    return text
+def _named_alike(message: Any, target: type[Any]) -> dict[str, Any]:
+    """The values of a message's fields that a dataclass has by the same names: all of its own."""
+    return {field.name: getattr(message, field.name) for field in fields(target)}
 
 
 def _checked_hash(text: str) -> str:
@@ -281,21 +260,10 @@ def _file_from_pb(message: pb.FileInfo) -> FileInfo:
 
 def metrics_to_header(header: pb.UpdateHeader, metrics: UpdateMetrics) -> None:
     """Write the metrics into an update's header."""
-    header.num_examples = metrics.num_examples
-    header.num_tokens = metrics.num_tokens
-    header.train_loss_first = metrics.train_loss_first
-    header.train_loss_last = metrics.train_loss_last
-    header.measured_peak_bytes = metrics.measured_peak_bytes
-    header.train_s = metrics.train_s
+    for name, value in asdict(metrics).items():
+        setattr(header, name, value)
 
 
 def metrics_from_header(header: pb.UpdateHeader) -> UpdateMetrics:
     """The metrics in an update's header; `core.validation` judges them."""
-    return UpdateMetrics(
-        num_examples=header.num_examples,
-        num_tokens=header.num_tokens,
-        train_loss_first=header.train_loss_first,
-        train_loss_last=header.train_loss_last,
-        measured_peak_bytes=header.measured_peak_bytes,
-        train_s=header.train_s,
-    )
+    return UpdateMetrics(**_named_alike(header, UpdateMetrics))

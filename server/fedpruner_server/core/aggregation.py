@@ -244,16 +244,6 @@ class CombineReport:
     fedit_error: float
     left_alone: tuple[str, ...]
 
-    @property
-    def min_holders(self) -> int:
-        """The fewest holders among modules that somebody trained; 0 if nobody trained any."""
-        return min((count for count in self.num_holders.values() if count), default=0)
-
-    @property
-    def max_holders(self) -> int:
-        """The most holders of a module."""
-        return max(self.num_holders.values(), default=0)
-
 
 @dataclass(frozen=True)
 class Combined:
