@@ -49,7 +49,7 @@ def task_to_pb(task: Task) -> pb.Task:
         ],
         tensors=map(_tensor_to_pb, task.tensors),
         files=map(_file_to_pb, task.files),
-        lora=_lora_to_pb(task.lora),
+        lora=pb.LoraSettings(**asdict(task.lora)),
         training=pb.TrainingSettings(**asdict(task.training)),
         predicted_peak_bytes=task.predicted_peak_bytes,
         bridge=pb.BridgeSettings(
@@ -104,7 +104,7 @@ def probe_to_pb(probe: ProbeTask) -> pb.ProbeTask:
         num_layers=probe.num_layers,
         tensors=map(_tensor_to_pb, probe.tensors),
         files=map(_file_to_pb, probe.files),
-        lora=_lora_to_pb(probe.lora),
+        lora=pb.LoraSettings(**asdict(probe.lora)),
         granularity=probe.granularity,
         score=probe.score,
         num_sequences=probe.num_sequences,
@@ -189,15 +189,6 @@ def _layers(indices: Iterable[int], num_layers: int) -> tuple[int, ...]:
     if any(layer >= num_layers for layer in layers):
         raise ValueError(f"a layer lies outside the model's {num_layers} layers")
     return layers
-
-
-def _lora_to_pb(lora: LoraSettings) -> pb.LoraSettings:
-    return pb.LoraSettings(
-        r=lora.r,
-        lora_alpha=lora.lora_alpha,
-        lora_dropout=lora.lora_dropout,
-        target_modules=lora.target_modules,
-    )
 
 
 def _lora_from_pb(message: pb.LoraSettings) -> LoraSettings:

@@ -282,16 +282,7 @@ class Run:
         else:
             able = self._able_to_probe([d for d in devices if d.client_id in asked])
             found = await self._survey(number, able)
-        for name, statistics in found.items():
-            if cost := statistics.cost:
-                self._log.info(
-                    "layers measured",
-                    round=number,
-                    on=name,
-                    seconds=round(cost.seconds, 2),
-                    tokens=cost.num_tokens,
-                    bytes_read=cost.bytes_read,
-                )
+        self._log_costs(number, found)
         if source != "public":
             found = method.by_source(self._settings, found, asked)
         old = {k: statistics_from_json(v) for k, v in known.items()}
@@ -304,6 +295,18 @@ class Run:
         }
         self._storage.remember("statistics", fact)
         self._c.statistics = self._statistics_from(fact)
+
+    def _log_costs(self, number: int, found: Mapping[str, Statistics]) -> None:
+        for name, statistics in found.items():
+            if cost := statistics.cost:
+                self._log.info(
+                    "layers measured",
+                    round=number,
+                    on=name,
+                    seconds=round(cost.seconds, 2),
+                    tokens=cost.num_tokens,
+                    bytes_read=cost.bytes_read,
+                )
 
     def _able_to_probe(self, devices: list[Device]) -> list[Device]:
         spec = self._c.spec

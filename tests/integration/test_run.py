@@ -16,8 +16,6 @@ from fedpruner_common.components import ComponentId
 from fedpruner_server.blockstore import BlockStore
 
 MIB = 1 << 20
-# More than any training process needs before its model: the floor that `plan` is asked with.
-ASSUMED_FLOOR = 1024 * MIB
 
 
 def ask(question: str, address: str) -> dict[str, Any]:
