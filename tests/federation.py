@@ -24,6 +24,7 @@ Start = Callable[..., Program]
 Row = dict[str, Any]
 
 WAIT_S = 150.0  # for a whole run, also on a busy machine
+ALL = "4GiB"  # room for everything
 MARGIN = 0.05  # the default of plan.margin
 _NOBODY = [{"name": "nobody", "data": [], "num_layers": 1}]  # a simulation's settings want one
 
@@ -70,7 +71,13 @@ class Federation:
         )
 
     def agent(
-        self, address: str, name: str, *data: Path, budget: int | str, state: str | None = None
+        self,
+        address: str,
+        name: str,
+        *data: Path,
+        budget: int | str | None = None,
+        state: str | None = None,
+        config: Path | None = None,
     ) -> Program:
         """A device; `state` names another state directory than its own."""
         return self.start(
@@ -84,17 +91,26 @@ class Federation:
             *("--num-threads", "1"),
             *("--device", "cpu"),
             *("--max-wait-time", "1"),
-            *("--memory-budget", str(budget)),
+            *(("--memory-budget", str(budget)) if budget is not None else ()),
+            *(("--config", str(config)) if config else ()),
         )
 
     @property
     def state_dir(self) -> Path:
         return self.folder / "server"
 
+    @property
+    def metrics(self) -> list[Row]:
+        """Lines of metrics.jsonl."""
+        return [json.loads(line) for line in self.metrics_text.splitlines()]
+
+    @property
+    def metrics_text(self) -> str:
+        return (self.state_dir / "metrics.jsonl").read_text()
+
     def rows(self, kind: str) -> list[Row]:
         """Lines of metrics.jsonl of one type."""
-        lines = (self.state_dir / "metrics.jsonl").read_text().splitlines()
-        return [row for row in map(json.loads, lines) if row["type"] == kind]
+        return [row for row in self.metrics if row["type"] == kind]
 
     def adapter(self, name: str = "final") -> dict[str, np.ndarray]:
         """An exported adapter's tensors."""
@@ -103,6 +119,13 @@ class Federation:
     def adapter_after(self, number: int) -> dict[str, np.ndarray]:
         """The global adapter's tensors after a round."""
         return load_file(self.state_dir / "adapters" / f"round-{number:04d}.safetensors")
+
+
+def at_address(config: Path, address: str) -> Path:
+    """The same settings at an address that agents know already."""
+    fixed = config.with_name("fixed.toml")
+    fixed.write_text(config.read_text().replace("127.0.0.1:0", address))
+    return fixed
 
 
 def wait_for_all(*programs: Program) -> None:

@@ -15,7 +15,6 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from benchmarks.quality import domains
 from benchmarks.quality.grid import Cell, Shape, run_cell
@@ -28,13 +27,11 @@ from benchmarks.quality.methods import (
     PRIMARY,
     SECONDARY,
 )
-from benchmarks.quality.tuning import TUNING_SEED, best_rates, missing_rates, tuned_methods
+from benchmarks.quality.tuning import TUNING_SEED, Record, best_rates, missing_rates, tuned_methods
 
 ROOT = Path(__file__).parent.parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DEMO_MODEL = ROOT / "client" / "fedpruner_client" / "ctl" / "demo" / "base_model"
-
-Record = dict[str, Any]
 
 
 def main() -> None:
@@ -158,8 +155,6 @@ def _records(path: Path) -> list[Record]:
 
 
 def _key(record: Record) -> str:
-    from benchmarks.quality.grid import Cell
-
     return Cell(record["method"], record["budgets"], record["seed"], record["learning_rate"]).key
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks.quality.domains import Domain
 from benchmarks.quality.methods import ALL
+from fedpruner_common.components import Kind
 from fedpruner_common.submodel import Submodel
 from fedpruner_common.task import BridgeKind
 from fedpruner_server.core.planning import ClientPlan
@@ -140,7 +141,7 @@ def run_cell(cell: Cell, shape: Shape, domain: Domain, work_dir: Path) -> dict[s
 
 def _deployed(
     simulation: Simulation, results: list[RoundResult], num_layers: int
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Loss of the submodel that a device of so many layers would use, without and with bridges."""
     spec = simulation.spec
     of_size = [
@@ -167,9 +168,9 @@ def _coverage(plans: list[ClientPlan], num_layers: int) -> list[int]:
     counts = [0] * num_layers
     for plan in plans:
         for component in plan.submodel.components:
-            counts[component.layer] += component.kind.value == "attention"
+            counts[component.layer] += component.kind is Kind.ATTENTION
     return counts
 
 
-def _mean(losses: Any) -> float:
+def _mean(losses: dict[str, float]) -> float:
     return sum(losses.values()) / len(losses)

@@ -7,223 +7,42 @@ import argparse
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from html import escape
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
-from benchmarks.quality.methods import ABLATIONS, ALL, BRIDGES, LISTED, MAIN
-from benchmarks.quality.statistics import Interval, holm, sign_flip_p, smallest_p, t_interval
-from benchmarks.quality.tuning import FIRST_RATES, TUNING_SEED, best_rates, tuned_methods
+from benchmarks.quality.charts import Series, chart, spoken
+from benchmarks.quality.comparison import (
+    COMPARED,
+    LEVEL,
+    BySeed,
+    Comparison,
+    Grid,
+    compare,
+    compare_listed,
+    ends_worse,
+    gap_closures,
+    paired,
+    word_for,
+    word_for_default,
+)
+from benchmarks.quality.methods import ABLATIONS, ALL, BRIDGES, MAIN
+from benchmarks.quality.statistics import smallest_p, t_interval
+from benchmarks.quality.tuning import (
+    FIRST_RATES,
+    TUNING_SEED,
+    Record,
+    best_rates,
+    tried_rates,
+    tuned_methods,
+)
+from benchmarks.quality.words import counted, names, number, p_text, range_text, spread, table
 
 ROOT = Path(__file__).parent.parent.parent
-LEVEL = 0.05  # of a claim
 SETTINGS = ("sev", "mod")
-# What the default is compared with, listed before any run: Holm's correction is over these.
-COMPARED = LISTED
 # They have, or need, memory for the whole model.
 UNLIMITED = ("full", "streamed", "hetlora", "flexlora")
 WORSE = "⚠ worse than no tuning"
-
-Record = dict[str, Any]
-BySeed = dict[int, float]
-
-
-@dataclass(frozen=True)
-class Grid:
-    """The records of one domain that are results.
-
-    Attributes:
-        all: every record, tuning included.
-        runs: (budgets, method) -> seed -> record.
-        num_unused: records that are neither tuning nor used: repeated, or at a rate not chosen.
-    """
-
-    all: tuple[Record, ...]
-    runs: Mapping[tuple[str, str], Mapping[int, Record]]
-    num_unused: int
-
-    @staticmethod
-    def of(records: Sequence[Record]) -> "Grid":
-        """The last record for each setting, method and seed, at the method's tuned rate.
-
-        Raises:
-            ValueError: the records are of different models, domains or shapes.
-        """
-        kinds = {json.dumps([r["model"], r["domain"], r["shape"]]) for r in records}
-        if len(kinds) > 1:
-            raise ValueError(f"records of one model, domain and shape expected: {sorted(kinds)}")
-        rates = best_rates(list(records))
-        runs: dict[tuple[str, str], dict[int, Record]] = defaultdict(dict)
-        results = [r for r in records if r["seed"] != TUNING_SEED]
-        for record in results:
-            rate = rates.get(tuned_as(record["method"]), record["learning_rate"])
-            if record["learning_rate"] == rate:
-                runs[record["budgets"], record["method"]][record["seed"]] = record
-        return Grid(tuple(records), dict(runs), len(results) - sum(map(len, runs.values())))
-
-    def of_method(self, budgets: str, method: str) -> Mapping[int, Record]:
-        """Seed -> record; empty when it was not run."""
-        return self.runs.get((budgets, method), {})
-
-    def values(self, budgets: str, method: str, key: str) -> BySeed:
-        """One number of each of a method's runs."""
-        return {seed: run[key] for seed, run in self.of_method(budgets, method).items()}
-
-    def bases(self, budgets: str) -> BySeed:
-        """Loss without tuning, for every seed that any method was run with."""
-        runs = [
-            run for (b, _), by_seed in self.runs.items() if b == budgets for run in by_seed.values()
-        ]
-        return {run["seed"]: run["loss_base"] for run in runs}
-
-    def by_loss(self, budgets: str, methods: Iterable[str]) -> list[str]:
-        """Those of the methods that were run, the lowest mean loss first; diverged ones last."""
-        found = {
-            name: mean(losses.values())
-            for name in methods
-            if (losses := self.values(budgets, name, "loss"))
-        }
-        return sorted(found, key=lambda name: (not math.isfinite(found[name]), found[name]))
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A method against another on the seeds that both have.
-
-    Attributes:
-        difference: its loss minus the other's, nats per token; below zero it is better.
-        p: exact, two-sided, for this comparison alone.
-        adjusted: the same after Holm's correction; None where there is none.
-    """
-
-    difference: Interval
-    p: float
-    adjusted: float | None = None
-
-
-def tuned_as(method: str) -> str:
-    """The method whose tuning gave this one its learning rate."""
-    return (method in ALL and ALL[method].tuned_as) or method
-
-
-def paired(these: BySeed, those: BySeed) -> list[float]:
-    """Differences on the seeds that both have."""
-    return [these[seed] - those[seed] for seed in sorted(these.keys() & those.keys())]
-
-
-def compare(grid: Grid, budgets: str, method: str, reference: str) -> Comparison:
-    """A method against a reference, uncorrected."""
-    these, those = (grid.values(budgets, name, "loss") for name in (method, reference))
-    differences = paired(these, those)
-    return Comparison(t_interval(differences), sign_flip_p(differences))
-
-
-def compare_listed(grid: Grid, budgets: str) -> dict[str, Comparison]:
-    """The default against each method that was listed, those without a common seed left out."""
-    found = {name: compare(grid, budgets, name, "default") for name in COMPARED[budgets]}
-    made = {name: c for name, c in found.items() if c.difference.num}
-    adjusted = holm([c.p for c in made.values()], num_comparisons=len(COMPARED[budgets]))
-    return {
-        name: Comparison(c.difference, c.p, p)
-        for (name, c), p in zip(made.items(), adjusted, strict=True)
-    }
-
-
-def gap_closures(grid: Grid, budgets: str, method: str) -> BySeed:
-    """Per cent of what tuning with memory for everything gains, by seed.
-
-    A seed without a run of `full`, or on which `full` gained nothing, is left out.
-    """
-    full = grid.values(budgets, "full", "loss")
-    return {
-        seed: 100 * (run["loss_base"] - run["loss"]) / (run["loss_base"] - full[seed])
-        for seed, run in grid.of_method(budgets, method).items()
-        if seed in full and run["loss_base"] > full[seed]
-    }
-
-
-def word_for(comparison: Comparison) -> str:
-    """What one comparison says, without a correction for the others."""
-    num = comparison.difference.num
-    if smallest_p(num) >= LEVEL:
-        return f"too few seeds to say (n = {num})"
-    if (comparison.p < LEVEL) != comparison.difference.excludes_zero:
-        return "unclear"
-    if comparison.p >= LEVEL:
-        return "no difference seen"
-    return "helps" if comparison.difference.mean < 0 else "hurts"
-
-
-def word_for_default(comparison: Comparison) -> str:
-    """What a listed comparison says of the default, after the correction."""
-    if comparison.adjusted is None:
-        return "not listed"
-    if comparison.adjusted >= LEVEL:
-        return "not established"
-    if not comparison.difference.excludes_zero:
-        return "not established"
-    return "default better" if comparison.difference.mean > 0 else "default worse"
-
-
-# Words and tables
-
-# Columns of words.
-_WORDS = (
-    "method",
-    "change",
-    "tried (rate: loss)",
-    "remark",
-    "the default is",
-    "the change",
-    "size",
-)
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table, numbers to the right; a blank line ends it."""
-    lines = ["| " + " | ".join(header) + " |"]
-    lines.append("|" + "|".join("---" if name in _WORDS else "--:" for name in header) + "|")
-    return [*lines, *("| " + " | ".join(row) + " |" for row in rows), ""]
-
-
-def number(value: float, form: str) -> str:
-    """A number in a format; words for one that is not finite."""
-    return format(value, form).replace("-", "−") if math.isfinite(value) else "diverged"
-
-
-def spread(interval: Interval, form: str) -> str:
-    """`mean [low, high]`; a dash for no value, no brackets for one."""
-    if interval.num == 0:
-        return "–"
-    if math.isnan(interval.low):
-        return f"{number(interval.mean, form)} [–]"
-    low, high = number(interval.low, form), number(interval.high, form)
-    return f"{number(interval.mean, form)} [{low}, {high}]"
-
-
-def p_text(p: float | None) -> str:
-    return "–" if p is None else f"{p:.3g}"
-
-
-def names(methods: Iterable[str]) -> str:
-    """`a`, `b`; or: none."""
-    return ", ".join(f"`{name}`" for name in methods) or "none"
-
-
-def counted(num: int, noun: str) -> str:
-    return f"{num} {noun}" + ("" if num == 1 else "s")
-
-
-def range_text(values: Iterable[int]) -> str:
-    """`3 to 6`, or `6` where all are the same."""
-    found = sorted(set(values))
-    return str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}"
-
-
-# Sections of the page
 
 
 def section_summary(grid: Grid) -> list[str]:
@@ -282,23 +101,16 @@ def unreachable(found: Mapping[str, Comparison], num_listed: int) -> list[str]:
     ]
 
 
-def ends_worse(grid: Grid, budgets: str, method: str) -> bool:
-    """Whether its mean loss is not below that of no tuning on the same seeds."""
-    runs = grid.of_method(budgets, method).values()
-    return not mean(run["loss"] - run["loss_base"] for run in runs) <= 0
-
-
 def section_run(grid: Grid, budget_layers: Mapping[str, Sequence[int]]) -> list[str]:
-    first, results = grid.all[0], [r for by_seed in grid.runs.values() for r in by_seed.values()]
+    first = grid.all[0]
     shape, domain = first["shape"], first["domain"]
     layers, rounds = shape["num_layers"], shape["num_rounds"]
-    seeds = {r["seed"] for r in results}
+    seeds = {r["seed"] for r in grid.results}
     data = "" if domain == "headers" else " --data FILE --key KEY"
     command = f"python -m benchmarks.quality{data} --num-rounds {rounds}"
     if seeds:
         command += f" --first-seed {min(seeds)} --seeds {max(seeds) - min(seeds) + 1}"
     text = "C++ headers of the installed torch, one directory per client" * (domain == "headers")
-    num_tuning = sum(r["seed"] == TUNING_SEED for r in grid.all)
     hours = sum(r["seconds"] for r in grid.all) / 3600
     lines = [
         "## 1. What was run",
@@ -317,8 +129,8 @@ def section_run(grid: Grid, budget_layers: Mapping[str, Sequence[int]]) -> list[
         "- Same seed: same cohorts, batches, initial adapter and evaluation text for every method. "
         "The loss is that of the full model on held-out text of all clients, their mean, nats per "
         "token, after the last round; no checkpoint is picked.",
-        f"- Runs: {len(results)} results and {num_tuning} for tuning, {hours:.1f} hours of one "
-        f"process in all; seeds {', '.join(map(str, sorted(seeds))) or 'none'}."
+        f"- Runs: {runs_text(grid)}, {hours:.1f} hours of one process in all; "
+        f"seeds {', '.join(map(str, sorted(seeds))) or 'none'}."
         + (
             f" Not used: {grid.num_unused}, repeated or at another rate." if grid.num_unused else ""
         ),
@@ -337,6 +149,11 @@ def section_run(grid: Grid, budget_layers: Mapping[str, Sequence[int]]) -> list[
         "",
     ]
     return [*lines, *tuning_lines(grid)]
+
+
+def runs_text(grid: Grid) -> str:
+    num_tuning = sum(record["seed"] == TUNING_SEED for record in grid.all)
+    return f"{len(grid.results)} results and {num_tuning} for tuning"
 
 
 def tally(records: Iterable[Record], key: str) -> str:
@@ -361,19 +178,15 @@ def inconsistencies(grid: Grid) -> list[str]:
 
 
 def tuning_lines(grid: Grid) -> list[str]:
-    rates = best_rates(list(grid.all))
+    rates = best_rates(grid.all)
     rows, edges = [], []
     for method in sorted(tuned_methods()):
-        tried = {
-            r["learning_rate"]: r["loss"]
-            for r in grid.all
-            if r["seed"] == TUNING_SEED and r["method"] == method
-        }
+        tried = tried_rates(method, grid.all)
         if not tried:
             rows.append([f"`{method}`", "–", "not tuned yet", "–"])
             continue
         best = rates.get(method)
-        at_edge = best is not None and best in (min(tried), max(tried))
+        at_edge = best in (min(tried), max(tried))
         if at_edge:
             edges.append(method)
         shares = [name for name in MAIN if MAIN[name].tuned_as == method]
@@ -415,13 +228,17 @@ def section_main(grid: Grid, budgets: str) -> list[str]:
         rows.append((mean(losses.values()), main_row(grid, budgets, method, comparison)))
     if not rows:
         return [*lines, "No runs yet.", ""]
-    rows.sort(key=lambda pair: (not math.isfinite(pair[0]), pair[0]))
     header = [
         "method", "loss", "gap closure, %", "loss − default", "p", "p, Holm", "n",
         "the default is", "remark",
     ]  # fmt: skip
-    lines += table(header, [row for _, row in rows])
+    lines += table(header, in_order(rows))
     return [*lines, *(f"- {sentence}" for sentence in main_notes(grid, budgets, found)), ""]
+
+
+def in_order(rows: Iterable[tuple[float, list[str]]]) -> list[list[str]]:
+    """Rows by their losses, those that are not finite last."""
+    return [row for _, row in sorted(rows, key=lambda pair: (not math.isfinite(pair[0]), pair[0]))]
 
 
 def main_notes(grid: Grid, budgets: str, found: Mapping[str, Comparison]) -> list[str]:
@@ -461,56 +278,70 @@ def base_row(grid: Grid, budgets: str) -> tuple[float, list[str]]:
 
 
 def main_row(grid: Grid, budgets: str, method: str, comparison: Comparison | None) -> list[str]:
-    losses = grid.values(budgets, method, "loss")
-    gaps = t_interval(list(gap_closures(grid, budgets, method).values()))
-    remarks = []
-    if method == "full":
-        remarks.append("reference: memory for everything")
-    if ends_worse(grid, budgets, method):
-        remarks.append(WORSE)
-    if losses.keys() != grid.values(budgets, "default", "loss").keys():
-        remarks.append("other seeds than the default")
-    if gaps.num != len(losses):
-        remarks.append(f"gap closure of {counted(gaps.num, 'seed')}")
     return [
-        {"full": "*full*", "default": "**default**"}.get(method, f"`{method}`"),
-        number(mean(losses.values()), ".3f"),
-        "100" if method == "full" and gaps.num else spread(gaps, ".1f"),
+        *loss_cells(grid, budgets, method),
         spread(comparison.difference, "+.4f") if comparison else "–",
         p_text(comparison.p if comparison else None),
         p_text(comparison.adjusted if comparison else None),
-        str(len(losses)),
+        str(len(grid.of_method(budgets, method))),
         word_for_default(comparison).removeprefix("default ") if comparison else "–",
-        "; ".join(remarks),
+        remarks(grid, budgets, method),
     ]
+
+
+def loss_cells(grid: Grid, budgets: str, method: str) -> list[str]:
+    """Name, mean loss and gap closure."""
+    losses = grid.values(budgets, method, "loss").values()
+    gaps = t_interval(list(gap_closures(grid, budgets, method).values()))
+    return [
+        {"full": "*full*", "default": "**default**"}.get(method, f"`{method}`"),
+        number(mean(losses), ".3f"),
+        "100" if method == "full" and gaps.num else spread(gaps, ".1f"),
+    ]
+
+
+def remarks(grid: Grid, budgets: str, method: str) -> str:
+    """What sets a method's row apart from the others."""
+    seeds = grid.of_method(budgets, method).keys()
+    num_gaps = len(gap_closures(grid, budgets, method))
+    found = []
+    if method == "full":
+        found.append("reference: memory for everything")
+    if ends_worse(grid, budgets, method):
+        found.append(WORSE)
+    if seeds != grid.of_method(budgets, "default").keys():
+        found.append("other seeds than the default")
+    if num_gaps != len(seeds):
+        found.append(f"gap closure of {counted(num_gaps, 'seed')}")
+    return "; ".join(found)
 
 
 def section_submodels(grid: Grid, budgets: str) -> list[str]:
     """Losses of what a device would use itself."""
     lines = []
     runs = {name: grid.of_method(budgets, name) for name in grid.by_loss(budgets, MAIN)}
-    sizes = sorted(
-        {int(s) for by in runs.values() for r in by.values() for s in r["submodel_losses"]}
-    )
-    for size in sizes:
-        lines += [f"### `{budgets}`, {size} of 12 layers", ""]
-        rows = []
-        for method, by_seed in runs.items():
-            found = [r["submodel_losses"][str(size)] for r in by_seed.values()]
-            plain, bridged = (mean(f[key] for f in found) for key in ("plain", "bridged"))
-            base = mean(r["loss_base"] for r in by_seed.values())
-            gain = t_interval([f["bridged"] - f["plain"] for f in found])
-            planned = sum(f["planned"] for f in found)
-            note = f"planned in {planned} of {len(found)}"
-            row = [f"`{method}`", number(plain, ".3f"), number(bridged, ".3f")]
-            row += [spread(gain, "+.3f"), str(len(found))]
-            row += ["**never planned this size**" if planned == 0 else note]
-            row += ["⚠" if not bridged <= base else ""]
-            rows.append((bridged, row))
-        rows.sort(key=lambda pair: (not math.isfinite(pair[0]), pair[0]))
+    sizes = {int(s) for by in runs.values() for r in by.values() for s in r["submodel_losses"]}
+    for size in sorted(sizes):
+        rows = [
+            submodel_row(method, list(by_seed.values()), str(size))
+            for method, by_seed in runs.items()
+        ]
         header = ["method", "plain", "bridged", "bridged − plain", "n", "size", "above no tuning"]
-        lines += table(header, [row for _, row in rows])
+        lines += [f"### `{budgets}`, {size} of 12 layers", "", *table(header, in_order(rows))]
     return lines
+
+
+def submodel_row(method: str, runs: Sequence[Record], size: str) -> tuple[float, list[str]]:
+    """Its mean loss with bridges, and the row."""
+    found = [run["submodel_losses"][size] for run in runs]
+    plain, bridged = (mean(f[key] for f in found) for key in ("plain", "bridged"))
+    base = mean(run["loss_base"] for run in runs)
+    gain = t_interval([f["bridged"] - f["plain"] for f in found])
+    planned = sum(f["planned"] for f in found)
+    note = f"planned in {planned} of {len(found)}" if planned else "**never planned this size**"
+    row = [f"`{method}`", number(plain, ".3f"), number(bridged, ".3f")]
+    row += [spread(gain, "+.3f"), str(len(found)), note]
+    return bridged, [*row, "⚠" if not bridged <= base else ""]
 
 
 def section_costs(grid: Grid, budgets: str) -> list[str]:
@@ -518,26 +349,23 @@ def section_costs(grid: Grid, budgets: str) -> list[str]:
     methods = grid.by_loss(budgets, MAIN)
     largest = [mean(grid.values(budgets, m, "layer_tokens").values()) for m in methods]
     unit, unit_name = (1e9, "G") if max(largest, default=0) >= 1e9 else (1e6, "M")
-    rows = []
-    for method in methods:
-        runs = grid.of_method(budgets, method)
-        num_mb, num_layer_tokens = (
-            mean(grid.values(budgets, method, key).values()) / scale
-            for key, scale in (("bytes_up", 1e6), ("layer_tokens", unit))
-        )
-        per_mb = rates_of(grid, budgets, method, "bytes_up", 1e6)
-        per_compute = rates_of(grid, budgets, method, "layer_tokens", unit)
-        tasks = [run["tasks"] for run in runs.values()]
-        left_out = [run["left_out"] for run in runs.values()]
-        row = [f"`{method}`", number(mean(r["loss"] for r in runs.values()), ".3f")]
-        row += [f"{num_mb:.2f}", *per_mb, f"{num_layer_tokens:.3f}", *per_compute]
-        row += [range_text(tasks), range_text(left_out), str(len(runs))]
-        rows.append(row)
+    rows = [cost_row(grid, budgets, method, unit) for method in methods]
     header = [
         "method", "loss", "MB up", "gap %/MB", "× default", f"{unit_name} layer-tokens",
         f"gap %/{unit_name}", "× default", "tasks", "left out", "n",
     ]  # fmt: skip
     return [f"### `{budgets}`", "", *table(header, rows)] if rows else []
+
+
+def cost_row(grid: Grid, budgets: str, method: str, unit: float) -> list[str]:
+    runs = grid.of_method(budgets, method).values()
+    num_mb = mean(run["bytes_up"] for run in runs) / 1e6
+    num_layer_tokens = mean(run["layer_tokens"] for run in runs) / unit
+    row = [f"`{method}`", number(mean(run["loss"] for run in runs), ".3f")]
+    row += [f"{num_mb:.2f}", *rates_of(grid, budgets, method, "bytes_up", 1e6)]
+    row += [f"{num_layer_tokens:.3f}", *rates_of(grid, budgets, method, "layer_tokens", unit)]
+    row += [range_text(run["tasks"] for run in runs), range_text(run["left_out"] for run in runs)]
+    return [*row, str(len(runs))]
 
 
 def rates_of(grid: Grid, budgets: str, method: str, key: str, unit: float) -> list[str]:
@@ -583,17 +411,7 @@ def section_variants(grid: Grid, methods: Iterable[str], reference: str) -> list
         found = grid.by_loss(budgets, methods)
         if not found:
             continue
-        rows = []
-        for method in found:
-            comparison = compare(grid, budgets, method, reference)
-            losses = grid.values(budgets, method, "loss")
-            difference = spread(comparison.difference, "+.4f")
-            word = word_for(comparison) if comparison.difference.num else f"no `{reference}` run"
-            row = [method, number(mean(losses.values()), ".3f"), difference]
-            row += [p_text(comparison.p) if comparison.difference.num else "–"]
-            row += [str(comparison.difference.num), word]
-            row += [WORSE if ends_worse(grid, budgets, method) else ""]
-            rows.append(row)
+        rows = [variant_row(grid, budgets, method, reference) for method in found]
         header = ["change", "loss", f"loss − {reference}", "p", "n", "the change", "remark"]
         lines += [f"### `{budgets}`", "", *table(header, rows)]
         missing = [name for name in methods if name not in found]
@@ -602,16 +420,124 @@ def section_variants(grid: Grid, methods: Iterable[str], reference: str) -> list
     return lines or ["No runs yet.", ""]
 
 
-def limits(grid: Grid) -> list[str]:
-    shape = grid.all[0]["shape"]
-    counts = {len(by_seed) for by_seed in grid.runs.values()} or {0}
-    rounds, steps = shape["num_rounds"], shape["max_steps"]
+def variant_row(grid: Grid, budgets: str, method: str, reference: str) -> list[str]:
+    comparison = compare(grid, budgets, method, reference)
+    num = comparison.difference.num
     return [
-        "## 7. What the numbers do not say",
+        method,
+        number(mean(grid.values(budgets, method, "loss").values()), ".3f"),
+        spread(comparison.difference, "+.4f"),
+        p_text(comparison.p) if num else "–",
+        str(num),
+        word_for(comparison) if num else f"no `{reference}` run",
+        WORSE if ends_worse(grid, budgets, method) else "",
+    ]
+
+
+def gap_series(grid: Grid) -> list[Series]:
+    found = []
+    for budgets in SETTINGS:
+        gaps = {m: gap_closures(grid, budgets, m) for m in MAIN if m != "full"}
+        values = {m: t_interval(list(by_seed.values())) for m, by_seed in gaps.items() if by_seed}
+        if values:
+            found.append(Series(budgets, values, ".0f"))
+    return found
+
+
+def ablation_series(grid: Grid) -> list[Series]:
+    found = []
+    for budgets in SETTINGS:
+        made = {m: compare(grid, budgets, m, "default").difference for m in ABLATIONS}
+        values = {m: interval for m, interval in made.items() if interval.num}
+        if values:
+            found.append(Series(budgets, values, "+.3f"))
+    return found
+
+
+def gap_chart(series: Sequence[Series]) -> str:
+    return chart(
+        "Gap closure by method",
+        "share of full tuning's gain, %; whiskers: 95 % t-interval over seeds",
+        series,
+        lines=((0.0, "no tuning"), (100.0, "full")),
+        best_first=lambda value: -value,
+    )
+
+
+def ablation_chart(series: Sequence[Series]) -> str:
+    return chart(
+        "Change of the default, one option at a time",
+        "loss − default, nats per token, lower is better; whiskers: 95 % t-interval over seeds",
+        series,
+        lines=((0.0, "default"),),
+        best_first=lambda value: value,
+    )
+
+
+def section_others(others: Sequence[Grid]) -> list[str]:
+    """A short table for each other base model or text and setting; nothing without any."""
+    if not others:
+        return []
+    lines = [
+        "## 7. Other base models and text",
         "",
-        f"- One small model of {shape['num_layers']} layers, pretrained once. Large models have "
+        "The grid again, or part of it, with learning rates tuned anew as in section 1 and layers "
+        "scaled to the model. Every row is compared with the default there, as in section 2, but "
+        "nothing was listed before and p is not corrected: these are leads. p needs two seeds, and "
+        "n of them cannot bring it below 2 / 2ⁿ. ⚠ marks a rate at the edge of those tried.",
+        "",
+    ]
+    for grid in others:
+        first, shape = grid.all[0], grid.all[0]["shape"]
+        rates = [
+            f"`{name}` {rate:g}" + (" ⚠" if rate in (min(tried), max(tried)) else "")
+            for name, rate in best_rates(grid.all).items()
+            for tried in [tried_rates(name, grid.all)]
+        ]
+        lines += [
+            f"### `{first['model']}`, `{first['domain']}`",
+            "",
+            f"- {shape['num_layers']} layers, {shape['num_rounds']} rounds of "
+            f"{shape['max_steps']} steps. Runs: {runs_text(grid)}.",
+            f"- Learning rates: {', '.join(rates) or 'not tuned yet'}.",
+            *inconsistencies(grid),
+            "",
+            *(line for budgets in SETTINGS for line in other_table(grid, budgets)),
+        ]
+    return lines
+
+
+def other_table(grid: Grid, budgets: str) -> list[str]:
+    """What was run in a setting, each against the default; nothing without runs."""
+    base_loss, base = base_row(grid, budgets)
+    if not base:
+        return []
+    name, loss, gap, difference, p, _, num, _, remark = base
+    rows = [(base_loss, [name, loss, gap, difference, p, num, remark])]
+    for method in grid.by_loss(budgets, ALL):
+        losses = grid.values(budgets, method, "loss")
+        versus = compare(grid, budgets, method, "default")
+        cells = loss_cells(grid, budgets, method)
+        cells.append("–" if method == "default" else spread(versus.difference, "+.4f"))
+        has_p = method != "default" and versus.difference.num >= 2
+        cells.append(p_text(versus.p if has_p else None))
+        row = [*cells, str(len(losses)), remarks(grid, budgets, method)]
+        rows.append((mean(losses.values()), row))
+    header = ["method", "loss", "gap closure, %", "loss − default", "p", "n", "remark"]
+    return [f"#### `{budgets}`", "", *table(header, in_order(rows))]
+
+
+def limits(grid: Grid, others: Sequence[Grid]) -> list[str]:
+    shape = grid.all[0]["shape"]
+    counts = {len(by_seed) for g in (grid, *others) for by_seed in g.runs.values()} or {0}
+    rounds, steps = shape["num_rounds"], shape["max_steps"]
+    one = "Sections 1 to 6: one" if others else "One"
+    return [
+        f"## {8 if others else 7}. What the numbers do not say",
+        "",
+        f"- {one} small model of {shape['num_layers']} layers, pretrained once. Large models have "
         "more redundant layers; neither sizes nor signs of differences carry over by themselves.",
-        f"- One domain (`{grid.all[0]['domain']}`), one split of it between clients.",
+        f"- {one} domain (`{grid.all[0]['domain']}`), one split of it between clients.",
         f"- Few seeds: {range_text(counts)} per row. They vary sampling, batches and the initial "
         "adapter, not the pretrained model, the text or the held-out part.",
         f"- Short runs: {rounds} rounds of {steps} steps. What is ahead early need not be ahead "
@@ -630,6 +556,7 @@ def page(
     budget_layers: Mapping[str, Sequence[int]],
     floor_bytes: int,
     image_dir: str,
+    others: Sequence[Sequence[Record]] = (),
 ) -> tuple[str, dict[str, str]]:
     """The page in Markdown, and its images: file name -> SVG.
 
@@ -638,14 +565,21 @@ def page(
         budget_layers: setting -> layers that each device has memory for.
         floor_bytes: memory of a process before any model, included in `peak_bytes`.
         image_dir: of the images, as the page refers to it.
+        others: the records of each other base model or text; at least one in each.
 
     Raises:
         ValueError: the records do not belong together, or there are none.
     """
     if not records:
         raise ValueError("no records yet: run python -m benchmarks.quality first")
-    grid = Grid.of(records)
-    images = {"gap-closure.svg": gap_chart(grid), "ablations.svg": ablation_chart(grid)}
+    grid, other_grids = Grid.of(records), [Grid.of(those) for those in others]
+    gaps, ablations = gap_series(grid), ablation_series(grid)
+    images = {"gap-closure.svg": gap_chart(gaps), "ablations.svg": ablation_chart(ablations)}
+    gap_text = spoken("Gap closure by method, per cent, mean and 95 % interval", gaps)
+    ablation_text = spoken(
+        "Loss minus the default's for each ablation, nats per token, mean and 95 % interval",
+        ablations,
+    )
     other_profiles = [name for name, method in ABLATIONS.items() if method.profile != "default"]
     floor = f"{floor_bytes / (1 << 20):.0f} MiB"
     lines = [
@@ -667,7 +601,7 @@ def page(
         "Every method except `full` gets the same budgets, so these are the tables of equal "
         "memory.",
         "",
-        f"![{gap_text(grid)}]({image_dir}/gap-closure.svg)",
+        f"![{gap_text}]({image_dir}/gap-closure.svg)",
         "",
         *(line for budgets in SETTINGS for line in section_main(grid, budgets)),
         "## 3. Submodels, as a device would use them",
@@ -706,7 +640,7 @@ def page(
         f"{len(ABLATIONS)} rows, {len(ABLATIONS) * LEVEL:.1f} would fall below {LEVEL:g} by chance "
         "alone if no change did anything. These are leads.",
         "",
-        f"![{ablation_text(grid)}]({image_dir}/ablations.svg)",
+        f"![{ablation_text}]({image_dir}/ablations.svg)",
         "",
         *section_variants(grid, ABLATIONS, "default"),
         "## 6. Bridges without correction",
@@ -714,245 +648,40 @@ def page(
         "Each against `bridge`, at its learning rate; read as section 5.",
         "",
         *section_variants(grid, BRIDGES, "bridge"),
-        *limits(grid),
+        *section_others(other_grids),
+        *limits(grid, other_grids),
     ]
     return "\n".join(lines).rstrip("\n") + "\n", images
 
 
-# Charts
-
-_COLORS = ("#1f6fb2", "#c2570c")  # told apart by those who see no red or green; shapes differ too
-_WIDTH, _LEFT, _PLOT, _TOP, _ROW = 920, 250, 400, 92, 28
-
-
-@dataclass(frozen=True)
-class Series:
-    """One mark per row of a chart.
-
-    Attributes:
-        label: in the legend.
-        values: row -> interval; rows may be missing.
-        form: of the numbers beside the chart.
-    """
-
-    label: str
-    values: Mapping[str, Interval]
-    form: str
-
-
-def gap_series(grid: Grid) -> list[Series]:
-    found = []
-    for budgets in SETTINGS:
-        gaps = {m: gap_closures(grid, budgets, m) for m in MAIN if m != "full"}
-        values = {m: t_interval(list(by_seed.values())) for m, by_seed in gaps.items() if by_seed}
-        if values:
-            found.append(Series(budgets, values, ".0f"))
-    return found
-
-
-def ablation_series(grid: Grid) -> list[Series]:
-    found = []
-    for budgets in SETTINGS:
-        made = {m: compare(grid, budgets, m, "default").difference for m in ABLATIONS}
-        values = {m: interval for m, interval in made.items() if interval.num}
-        if values:
-            found.append(Series(budgets, values, "+.3f"))
-    return found
-
-
-def gap_chart(grid: Grid) -> str:
-    return chart(
-        "Gap closure by method",
-        "share of full tuning's gain, %; whiskers: 95 % t-interval over seeds",
-        gap_series(grid),
-        lines=((0.0, "no tuning"), (100.0, "full")),
-        best_first=lambda value: -value,
-    )
-
-
-def ablation_chart(grid: Grid) -> str:
-    return chart(
-        "Change of the default, one option at a time",
-        "loss − default, nats per token, lower is better; whiskers: 95 % t-interval over seeds",
-        ablation_series(grid),
-        lines=((0.0, "default"),),
-        best_first=lambda value: value,
-    )
-
-
-def gap_text(grid: Grid) -> str:
-    return spoken("Gap closure by method, per cent, mean and 95 % interval", gap_series(grid))
-
-
-def ablation_text(grid: Grid) -> str:
-    title = "Loss minus the default's for each ablation, nats per token, mean and 95 % interval"
-    return spoken(title, ablation_series(grid))
-
-
-def spoken(title: str, series: Sequence[Series]) -> str:
-    """What a chart shows, in words."""
-    parts = [
-        f"{one.label}: "
-        + "; ".join(
-            f"{row} {spread(v, one.form).replace('[', '(').replace(']', ')')}, n = {v.num}"
-            for row, v in one.values.items()
-        )
-        for one in series
-    ]
-    return f"{title}. " + (". ".join(parts) or "No runs yet") + "."
-
-
-def chart(
-    title: str,
-    axis: str,
-    series: Sequence[Series],
-    *,
-    lines: Sequence[tuple[float, str]],
-    best_first: Callable[[float], float],
-) -> str:
-    """An SVG with a row per name, a mark and whiskers per series, and the numbers beside it.
-
-    It brings its own light ground, so that it reads the same on a dark page. An interval that
-    leaves the axis ends in an arrow.
-
-    Args:
-        title: of the chart.
-        axis: label with its unit.
-        series: at most two; rows are sorted by the first that has them.
-        lines: places on the axis to mark, with their names.
-        best_first: key of a mean that sorts the rows.
-    """
-    names_of_rows = list(dict.fromkeys(row for one in series for row in one.values))
-
-    def order(row: str) -> tuple[bool, float]:
-        value = next(one.values[row].mean for one in series if row in one.values)
-        return not math.isfinite(value), best_first(value) if math.isfinite(value) else 0.0
-
-    rows = sorted(names_of_rows, key=order)
-    low, high = axis_range(series, [at for at, _ in lines])
-    bottom = _TOP + _ROW * max(1, len(rows))
-    height = bottom + 56
-
-    def x_of(value: float) -> float:
-        return _LEFT + _PLOT * (value - low) / (high - low)
-
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" '
-        f'width="{_WIDTH}" height="{height}" role="img" '
-        'font-family="Helvetica, Arial, sans-serif" font-size="13" fill="#222222">',
-        f"<title>{escape(title)}</title>",
-        f"<desc>{escape(spoken(title, series))}</desc>",
-        f'<rect width="{_WIDTH}" height="{height}" rx="8" fill="#fbfbf9"/>',
-        _text(20, 28, title, 'font-size="17" font-weight="bold"'),
-    ]
-    for tick in ticks(low, high):
-        x = x_of(tick)
-        parts.append(_line(x, _TOP, x, bottom, "#e2e2dd"))
-        parts.append(_text(x, bottom + 18, f"{tick:g}".replace("-", "−"), 'text-anchor="middle"'))
-    for at, label in lines:
-        parts.append(_line(x_of(at), _TOP - 4, x_of(at), bottom, "#555555"))
-        extra = 'text-anchor="middle" fill="#555555" font-size="12"'
-        parts.append(_text(x_of(at), _TOP - 10, label, extra))
-    parts.append(_text(_LEFT + _PLOT / 2, bottom + 42, axis, 'text-anchor="middle"'))
-    for index, one in enumerate(series):
-        column = _LEFT + _PLOT + 20 + 120 * index
-        parts.append(_mark(index, column + 5, _TOP - 39))
-        parts.append(_text(column + 16, _TOP - 34, one.label, 'font-weight="bold"'))
-        parts.append(_text(column, _TOP - 10, "mean, n", 'font-size="12" fill="#555555"'))
-    for index, row in enumerate(rows):
-        middle = _TOP + _ROW * (index + 0.5)
-        parts.append(_text(_LEFT - 12, middle + 4, row, 'text-anchor="end"'))
-        for which, one in enumerate(series):
-            if row not in one.values:
-                continue
-            value = one.values[row]
-            y = middle + (0 if len(series) == 1 else 10 * which - 5)
-            if math.isfinite(value.mean):
-                parts += _whiskers(which, value, y, x_of)
-            column = _LEFT + _PLOT + 20 + 120 * which
-            label = f"{number(value.mean, one.form)}, n = {value.num}"
-            parts.append(_text(column, middle + 4, label, f'fill="{_COLORS[which]}"'))
-    if not rows:
-        parts.append(_text(_LEFT + _PLOT / 2, _TOP + 18, "no runs yet", 'text-anchor="middle"'))
-    return "\n".join([*parts, "</svg>"]) + "\n"
-
-
-def axis_range(series: Sequence[Series], marked: Sequence[float]) -> tuple[float, float]:
-    """Ends of the axis: all means, and intervals as far as they do not dwarf these."""
-    intervals = [v for one in series for v in one.values.values() if math.isfinite(v.mean)]
-    means = [*(v.mean for v in intervals), *marked]
-    low, high = min(means), max(means)
-    room = 0.25 * (high - low) or 1.0
-    ends = [e for v in intervals for e in (v.low, v.high) if math.isfinite(e)]
-    lowest = max(min([low, *ends]), low - room)
-    highest = min(max([high, *ends]), high + room)
-    margin = 0.04 * (highest - lowest) or 1.0
-    return lowest - margin, highest + margin
-
-
-def ticks(low: float, high: float) -> list[float]:
-    """Four to ten round numbers of the range."""
-    step = 10.0 ** math.floor(math.log10(high - low))
-    step = next(s for s in (step / 10, step / 5, step / 2, step, 2 * step) if (high - low) / s < 10)
-    first = math.ceil(low / step)
-    return [round(i * step, 12) for i in range(first, math.floor(high / step) + 1)]
-
-
-def _whiskers(
-    which: int, value: Interval, y: float, x_of: Callable[[float], float]
-) -> Iterable[str]:
-    color = _COLORS[which]
-    if math.isfinite(value.low) and math.isfinite(value.high):
-        ends = [x_of(value.low), x_of(value.high)]
-        left, right = max(ends[0], _LEFT), min(ends[1], _LEFT + _PLOT)
-        yield _line(left, y, right, y, color, 2)
-        for end, cut, way in ((ends[0], left, 1), (ends[1], right, -1)):
-            if end == cut:
-                yield _line(cut, y - 4, cut, y + 4, color, 2)
-            else:
-                points = f"{cut:.1f},{y} {cut + 7 * way:.1f},{y - 4} {cut + 7 * way:.1f},{y + 4}"
-                yield f'<polygon points="{points}" fill="{color}"/>'
-    yield _mark(which, x_of(value.mean), y)
-
-
-def _mark(which: int, x: float, y: float) -> str:
-    if which == 0:
-        return f'<circle cx="{x:.1f}" cy="{y}" r="4.5" fill="{_COLORS[0]}"/>'
-    return f'<rect x="{x - 4:.1f}" y="{y - 4}" width="8" height="8" fill="{_COLORS[1]}"/>'
-
-
-def _line(x1: float, y1: float, x2: float, y2: float, color: str, width: int = 1) -> str:
-    ends = f'x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"'
-    return f'<line {ends} stroke="{color}" stroke-width="{width}"/>'
-
-
-def _text(x: float, y: float, text: str, extra: str = "") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" {extra}>{escape(text)}</text>'
-
-
-# Command
+def records_of(path: Path) -> list[Record]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def main() -> None:
     # Slow to import, and only the command needs it.
     from benchmarks.quality.grid import BUDGETS
-    from fedpruner_simulate import fleet
+    from fedpruner_simulate.fleet import FLOOR_BYTES
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--domain", default="headers")
+    parser.add_argument(
+        "--domain", default="headers", help="what the page is about; the others get a section"
+    )
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results.md")
     arguments = parser.parse_args()
-    path = ROOT / "benchmarks" / "results" / f"quality-{arguments.domain}.jsonl"
+    results = ROOT / "benchmarks" / "results"
+    path = results / f"quality-{arguments.domain}.jsonl"
     if not path.exists():
         raise SystemExit(f"{path} is missing: run python -m benchmarks.quality first")
-    records = [json.loads(line) for line in path.read_text().splitlines()]
+    others = [other for other in sorted(results.glob("quality-*.jsonl")) if other != path]
     output: Path = arguments.output
     image_dir = output.with_suffix("")
     text, images = page(
-        records,
+        records_of(path),
         budget_layers=BUDGETS,
-        floor_bytes=fleet._FLOOR_BYTES,
+        floor_bytes=FLOOR_BYTES,
         image_dir=image_dir.name,
+        others=[found for other in others if (found := records_of(other))],
     )
     image_dir.mkdir(parents=True, exist_ok=True)
     output.write_text(text)

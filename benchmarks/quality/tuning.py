@@ -3,6 +3,7 @@
 Three values for each; where the best is at an edge, the next one beyond it, twice at most.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.quality.methods import MAIN
@@ -20,9 +21,9 @@ def tuned_methods() -> list[str]:
     return [name for name, method in MAIN.items() if not method.tuned_as]
 
 
-def missing_rates(method: str, records: list[Record]) -> list[float]:
+def missing_rates(method: str, records: Sequence[Record]) -> list[float]:
     """Rates that are still to be tried for a method; none when its best is known."""
-    tried = _tried(method, records)
+    tried = tried_rates(method, records)
     first = [rate for rate in FIRST_RATES if rate not in tried]
     if first or len(tried) >= _MOST_RATES:
         return first
@@ -34,16 +35,17 @@ def missing_rates(method: str, records: list[Record]) -> list[float]:
     return []
 
 
-def best_rates(records: list[Record]) -> dict[str, float]:
+def best_rates(records: Sequence[Record]) -> dict[str, float]:
     """Method -> its best rate, for the methods that are tuned through."""
     return {
-        method: min(tried := _tried(method, records), key=lambda rate: tried[rate])
+        method: min(tried := tried_rates(method, records), key=lambda rate: tried[rate])
         for method in tuned_methods()
         if not missing_rates(method, records)
     }
 
 
-def _tried(method: str, records: list[Record]) -> dict[float, float]:
+def tried_rates(method: str, records: Sequence[Record]) -> dict[float, float]:
+    """Rate -> loss, of what has been tried for a method."""
     return {
         r["learning_rate"]: r["loss"]
         for r in records

@@ -5,6 +5,8 @@ Reading a message checks it: what comes back satisfies the invariants of the dom
 
 import re
 from collections.abc import Iterable
+from dataclasses import asdict, fields
+from typing import Any
 
 import numpy as np
 
@@ -46,23 +48,8 @@ def task_to_pb(task: Task) -> pb.Task:
         ],
         tensors=map(_tensor_to_pb, task.tensors),
         files=map(_file_to_pb, task.files),
-        lora=_lora_to_pb(task.lora),
-        training=pb.TrainingSettings(
-            per_device_train_batch_size=task.training.per_device_train_batch_size,
-            gradient_accumulation_steps=task.training.gradient_accumulation_steps,
-            max_steps=task.training.max_steps,
-            max_seq_length=task.training.max_seq_length,
-            learning_rate=task.training.learning_rate,
-            weight_decay=task.training.weight_decay,
-            max_grad_norm=task.training.max_grad_norm,
-            gradient_checkpointing=task.training.gradient_checkpointing,
-            dtype=task.training.dtype,
-            seed=task.training.seed,
-            proximal_mu=task.training.proximal_mu,
-            train_factor=task.training.train_factor,
-            loss_chunk=task.training.loss_chunk,
-            optim=task.training.optim,
-        ),
+        lora=pb.LoraSettings(**asdict(task.lora)),
+        training=pb.TrainingSettings(**asdict(task.training)),
         predicted_peak_bytes=task.predicted_peak_bytes,
         bridge=pb.BridgeSettings(
             kind=task.bridge.kind.value,
@@ -116,7 +103,7 @@ def probe_to_pb(probe: ProbeTask) -> pb.ProbeTask:
         num_layers=probe.num_layers,
         tensors=map(_tensor_to_pb, probe.tensors),
         files=map(_file_to_pb, probe.files),
-        lora=_lora_to_pb(probe.lora),
+        lora=pb.LoraSettings(**asdict(probe.lora)),
         granularity=probe.granularity,
         score=probe.score,
         num_sequences=probe.num_sequences,
@@ -203,15 +190,6 @@ def _layers(indices: Iterable[int], num_layers: int) -> tuple[int, ...]:
     return layers
 
 
-def _lora_to_pb(lora: LoraSettings) -> pb.LoraSettings:
-    return pb.LoraSettings(
-        r=lora.r,
-        lora_alpha=lora.lora_alpha,
-        lora_dropout=lora.lora_dropout,
-        target_modules=lora.target_modules,
-    )
-
-
 def _lora_from_pb(message: pb.LoraSettings) -> LoraSettings:
     return LoraSettings(
         r=message.r,
@@ -222,28 +200,20 @@ def _lora_from_pb(message: pb.LoraSettings) -> LoraSettings:
 
 
 def _training_from_pb(message: pb.TrainingSettings) -> TrainingSettings:
-    return TrainingSettings(
-        per_device_train_batch_size=message.per_device_train_batch_size,
-        gradient_accumulation_steps=message.gradient_accumulation_steps,
-        max_steps=message.max_steps,
-        max_seq_length=message.max_seq_length,
-        learning_rate=message.learning_rate,
-        weight_decay=message.weight_decay,
-        max_grad_norm=message.max_grad_norm,
-        gradient_checkpointing=message.gradient_checkpointing,
-        dtype=message.dtype,
-        seed=message.seed,
-        proximal_mu=message.proximal_mu,
-        train_factor=_one_of(message.train_factor, ("both", "A", "B")),
-        loss_chunk=message.loss_chunk,
-        optim=_one_of(message.optim, ("adamw", "adamw_8bit")),
-    )
+    training = TrainingSettings(**_named_alike(message, TrainingSettings))
+    _check_one_of(training.train_factor, ("both", "A", "B"))
+    _check_one_of(training.optim, ("adamw", "adamw_8bit"))
+    return training
 
 
-def _one_of(text: str, allowed: tuple[str, ...]) -> str:
+def _check_one_of(text: str, allowed: tuple[str, ...]) -> None:
     if text not in allowed:
         raise ValueError(f"{text!r} is none of {', '.join(allowed)}")
-    return text
+
+
+def _named_alike(message: Any, target: type[Any]) -> dict[str, Any]:
+    """The values of a message's fields that a dataclass has by the same names: all of its own."""
+    return {field.name: getattr(message, field.name) for field in fields(target)}
 
 
 def _checked_hash(text: str) -> str:
@@ -285,23 +255,10 @@ def _file_from_pb(message: pb.FileInfo) -> FileInfo:
 
 def metrics_to_header(header: pb.UpdateHeader, metrics: UpdateMetrics) -> None:
     """Write the metrics into an update's header."""
-    header.num_examples = metrics.num_examples
-    header.num_tokens = metrics.num_tokens
-    header.train_loss_first = metrics.train_loss_first
-    header.train_loss_last = metrics.train_loss_last
-    header.measured_peak_bytes = metrics.measured_peak_bytes
-    header.train_s = metrics.train_s
-    header.rungs.extend(metrics.rungs)
+    header.MergeFrom(pb.UpdateHeader(**asdict(metrics)))
 
 
 def metrics_from_header(header: pb.UpdateHeader) -> UpdateMetrics:
     """The metrics in an update's header; `core.validation` judges them."""
-    return UpdateMetrics(
-        num_examples=header.num_examples,
-        num_tokens=header.num_tokens,
-        train_loss_first=header.train_loss_first,
-        train_loss_last=header.train_loss_last,
-        measured_peak_bytes=header.measured_peak_bytes,
-        train_s=header.train_s,
-        rungs=tuple(header.rungs),
-    )
+    values = _named_alike(header, UpdateMetrics)
+    return UpdateMetrics(**{**values, "rungs": tuple(header.rungs)})

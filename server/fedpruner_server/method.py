@@ -3,7 +3,7 @@
 The coordinator and `fedpruner simulate` both go through here: what is simulated is what runs.
 """
 
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Container, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from math import ceil
 
@@ -40,6 +40,18 @@ def bridge_settings(settings: ServerSettings) -> BridgeSettings:
         local=plan.bridge is not BridgeKind.OFF and plan.bridge_data == "local",
         corrected=plan.correction,
     )
+
+
+def has_public_bridges(settings: ServerSettings) -> bool:
+    """Whether the coordinator fits bridges, on public text."""
+    return settings.plan.bridge is not BridgeKind.OFF and settings.plan.bridge_data == "public"
+
+
+def to_bridge(settings: ServerSettings, submodels: Iterable[Submodel]) -> list[Submodel]:
+    """The submodels of a round that the coordinator fits bridges for, each once, in order."""
+    if not has_public_bridges(settings):
+        return []
+    return sorted({s for s in submodels if not s.is_full}, key=lambda s: s.components)
 
 
 def plan_settings(settings: ServerSettings, spec: ModelSpec | None) -> PlanSettings:
@@ -87,6 +99,25 @@ def statistics_due(
     if not every or measured >= number:
         return False
     return number - measured >= every or drift > settings.plan.statistics_drift
+
+
+def to_measure(
+    settings: ServerSettings, cohort: Sequence[str], known: Container[str], *, due: bool
+) -> list[str]:
+    """Devices of a cohort whose layers are to be measured, or for which they are, before a round.
+
+    Args:
+        settings: of the run.
+        cohort: of the round.
+        known: what `mixed` returned before.
+        due: whether it is time for all; else only for those that need statistics of their own and
+            have none.
+    """
+    if due:
+        return list(cohort)
+    if settings.plan.statistics == "device":
+        return [name for name in cohort if name not in known]
+    return []
 
 
 def ages(
@@ -219,7 +250,7 @@ def make_probe(
         num_sequences=settings.data.num_calibration_sequences,
         max_seq_length=settings.training.max_seq_length,
         dtype=settings.training.dtype,
-        seed=settings.run.seed * 1_000_003 + number,
+        seed=_seed_of(settings, number),
         rms_rows=settings.plan.rms_rows,
     )
 
@@ -230,6 +261,16 @@ def can_probe(
     """Whether a device's memory allows a sweep through the full model, which a probe is too."""
     needed = sweep_peak_bytes(spec.memory, BridgeSettings(corrected=True), floor_bytes=floor_bytes)
     return needed <= plan_settings(settings, spec).usable_bytes(budget_bytes)
+
+
+def by_source(
+    settings: ServerSettings, found: Mapping[str, Statistics], asked: Iterable[str]
+) -> dict[str, Statistics]:
+    """What devices measured, as plans are made with it: of each device, or the cohort's mean."""
+    if settings.plan.statistics == "device":
+        return of_everyone(found, asked)
+    weights = [s.cost.num_tokens if s.cost else 1 for s in found.values()]
+    return {"cohort": average(list(found.values()), weights)}
 
 
 def of_everyone(found: Mapping[str, Statistics], names: Iterable[str]) -> dict[str, Statistics]:
@@ -265,8 +306,7 @@ def mixed(
 
 def adapter_components(spec: ModelSpec, plan: TaskPlan) -> tuple[ComponentId, ...]:
     """Components whose part of the adapter a task needs: all of them for a sweep."""
-    submodel = Submodel.of(spec.num_layers, plan.components)
-    return spec.full().components if plan.bridge.sweeps else submodel.components
+    return spec.full().components if plan.bridge.sweeps else plan.components
 
 
 def lora_settings(
@@ -294,8 +334,13 @@ def training_settings(
             num_rounds=settings.run.num_rounds,
             kind=training.lr_scheduler_type,
         ),
-        seed=settings.run.seed * 1_000_003 + number,
+        seed=_seed_of(settings, number),
         train_factor=factor.value,
         loss_chunk=loss_chunk,
         **training.model_dump(exclude={"learning_rate", "lr_scheduler_type", "loss_chunk"}),
     )
+
+
+def _seed_of(settings: ServerSettings, number: int) -> int:
+    """Of what devices draw in a round."""
+    return settings.run.seed * 1_000_003 + number

@@ -7,7 +7,7 @@ import asyncio
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,8 @@ from fedpruner_common.errors import BudgetTooSmall, ConfigError, RunFailed, Stor
 from fedpruner_common.log import get_logger
 from fedpruner_common.manifest import FileInfo
 from fedpruner_common.spec import ModelSpec
-from fedpruner_common.statistics import (
-    Statistics,
-    average,
-    statistics_from_json,
-    statistics_to_json,
-)
+from fedpruner_common.statistics import Statistics, statistics_from_json, statistics_to_json
 from fedpruner_common.submodel import Submodel
-from fedpruner_common.task import BridgeKind
 from fedpruner_server import method
 from fedpruner_server.blockstore import file_info
 from fedpruner_server.coordinator import Coordinator
@@ -135,7 +129,7 @@ class Run:
 
     def _check_options(self, spec: ModelSpec) -> None:
         """Refuse options that this model or a real run cannot have."""
-        plan, aggregation = self._settings.plan, self._settings.aggregation
+        aggregation = self._settings.aggregation
         try:
             self._c.plan_settings().protected(spec.num_layers)
         except ValueError as error:
@@ -145,7 +139,7 @@ class Run:
                 f"aggregation.method = {aggregation.method.value!r} gives every device another "
                 "LoRA rank, which only `fedpruner simulate` does: it is there to compare with"
             )
-        if plan.bridge is not BridgeKind.OFF and plan.bridge_data == "public":
+        if method.has_public_bridges(self._settings):
             self._torch.calibration()
 
     def _check_same_run(self) -> None:
@@ -235,7 +229,7 @@ class Run:
     ) -> tuple[dict[str, TaskPlan], dict[str, Json]]:
         """What goes to the journal of those that hold something, by client; bridges are fitted."""
         plans = {c: plan for c, plan in results.items() if isinstance(plan, ClientPlan)}
-        files = await self._fit_bridges({plan.submodel for plan in plans.values()})
+        files = await self._fit_bridges(plan.submodel for plan in plans.values())
         task_plans = {
             client_id: method.task_plan(
                 plan,
@@ -259,10 +253,10 @@ class Run:
 
     async def _shrink(self, client_id: str) -> None:
         """Give a device that ran out of memory a smaller task, or go on without it."""
-        assert self._c.round is not None
-        task = self._c.round.tasks[client_id]
         device = await self._returned(client_id)
         current = self._c.round
+        assert current is not None
+        task = current.tasks[client_id]
         if current.phase is not Phase.TRAINING or task.outcome is not Outcome.SHRINKING:
             return
         if device is None:
@@ -293,13 +287,10 @@ class Run:
             names = ", ".join(map(str, left))
             self._log.warning("no device of this round has room for overdue layers", layers=names)
 
-    async def _fit_bridges(self, submodels: Set[Submodel]) -> dict[Submodel, FileInfo]:
+    async def _fit_bridges(self, submodels: Iterable[Submodel]) -> dict[Submodel, FileInfo]:
         """Bridges on public text for each submodel, among the blobs that devices may fetch."""
-        plan = self._settings.plan
-        pruned = sorted(
-            (s for s in submodels if not s.is_full), key=lambda submodel: submodel.components
-        )
-        if plan.bridge is BridgeKind.OFF or plan.bridge_data != "public" or not pruned:
+        pruned = method.to_bridge(self._settings, submodels)
+        if not pruned:
             return {}
         folder = self._storage.bridge_path("new").parent
         folder.mkdir(parents=True, exist_ok=True)
@@ -331,18 +322,35 @@ class Run:
         due = method.statistics_due(
             self._settings, number, measured=remembered["round"], drift=drift
         )
-        source, asked = plan.statistics, devices
-        if not due and source == "device":
-            asked = [d for d in devices if d.client_id not in remembered.get("of", {})]
-        if not due and (source != "device" or not asked):
-            if remembered.get("of"):
+        known: Json = remembered.get("of", {})
+        cohort = [d.client_id for d in devices]
+        asked = method.to_measure(self._settings, cohort, known, due=due)
+        if not asked:
+            if known:
                 self._c.statistics = self._statistics_from(remembered)
             return
+        source = plan.statistics
         self._c.tell("running", f"round {number}: measuring the layers ({source})")
         if source == "public":
             found = {"public": await self._torch.probe(self._adapter_dir())}
         else:
-            found = await self._survey(number, self._able_to_probe(asked))
+            able = self._able_to_probe([d for d in devices if d.client_id in asked])
+            found = await self._survey(number, able)
+        self._log_costs(number, found)
+        if source != "public":
+            found = method.by_source(self._settings, found, asked)
+        old = {k: statistics_from_json(v) for k, v in known.items()}
+        mixed = method.mixed(self._settings, old, found)
+        fact = {
+            "round": number if due else remembered["round"],
+            "adapter": self._c.adapter_round if due else remembered["adapter"],
+            "as": measured_as,
+            "of": {k: statistics_to_json(v) for k, v in mixed.items()},
+        }
+        self._storage.remember("statistics", fact)
+        self._c.statistics = self._statistics_from(fact)
+
+    def _log_costs(self, number: int, found: Mapping[str, Statistics]) -> None:
         for name, statistics in found.items():
             if cost := statistics.cost:
                 self._log.info(
@@ -353,21 +361,6 @@ class Run:
                     tokens=cost.num_tokens,
                     bytes_read=cost.bytes_read,
                 )
-        if source == "device":
-            found = method.of_everyone(found, [d.client_id for d in asked])
-        old = {k: statistics_from_json(v) for k, v in remembered.get("of", {}).items()}
-        if source == "cohort":
-            weights = [s.cost.num_tokens if s.cost else 1 for s in found.values()]
-            found = {"cohort": average(list(found.values()), weights)}
-        mixed = method.mixed(self._settings, old, found)
-        fact = {
-            "round": number if due else remembered["round"],
-            "adapter": self._c.adapter_round if due else remembered["adapter"],
-            "as": measured_as,
-            "of": {k: statistics_to_json(v) for k, v in mixed.items()},
-        }
-        self._storage.remember("statistics", fact)
-        self._c.statistics = self._statistics_from(fact)
 
     def _able_to_probe(self, devices: list[Device]) -> list[Device]:
         spec = self._c.spec

@@ -101,13 +101,21 @@ class Tasks:
             device.task_id = probe.task_id
             device.activity = "measuring layers"
             return probe
-        if self._c.round is not None and self._c.round.phase is Phase.TRAINING:
-            state = self._c.round.tasks.get(device.client_id)
-            if state is not None and state.outcome in (Outcome.WORKING, Outcome.LOST):
-                device.task_id = state.task_id
-                return self._task(device)
+        if (task_id := self._open_task(device)) is not None:
+            device.task_id = task_id
+            return self._task(device)
         device.activity = "waiting"
         return Waiting(self._c.explanation)
+
+    def _open_task(self, device: Device) -> str | None:
+        """Id of the device's task in the current round, while an update of it is waited for."""
+        current = self._c.round
+        if current is None or current.phase is not Phase.TRAINING:
+            return None
+        state = current.tasks.get(device.client_id)
+        if state is None or state.outcome not in (Outcome.WORKING, Outcome.LOST):
+            return None
+        return state.task_id
 
     def _check_fits(self, device: Device) -> None:
         if self._c.spec is None:
@@ -163,17 +171,10 @@ class Tasks:
     def still_wanted(self, device: Device, task_id: str) -> str:
         """The task a device says it works on, or nothing if its work would be in vain."""
         if self._c.survey is not None and (probe := self._c.survey.task_of(device.client_id)):
-            device.task_id = task_id if task_id == probe.task_id else ""
-            return device.task_id
-        state = self._c.round.tasks.get(device.client_id) if self._c.round else None
-        wanted = (
-            self._c.round is not None
-            and self._c.round.phase is Phase.TRAINING
-            and state is not None
-            and state.task_id == task_id
-            and state.outcome in (Outcome.WORKING, Outcome.LOST)
-        )
-        device.task_id = task_id if wanted else ""
+            wanted: str | None = probe.task_id
+        else:
+            wanted = self._open_task(device)
+        device.task_id = task_id if task_id == wanted else ""
         return device.task_id
 
     def client_record(self, device: Device, task_id: str) -> ClientRecord:

@@ -14,7 +14,7 @@ from fedpruner_common.units import parse_bytes
 from fedpruner_server.config import ServerSettings
 from fedpruner_server.core.planning import Offer, PlanSettings, peak_of_sizes
 
-_FLOOR_BYTES = 400 << 20  # of a training process; the same for all, so only differences matter
+FLOOR_BYTES = 400 << 20  # of a training process; the same for all, so only differences matter
 
 
 class DeviceOptions(Section):
@@ -63,10 +63,10 @@ class SimulationSettings(ServerSettings):
 def offer_of(device: DeviceOptions, spec: ModelSpec, *, margin: float) -> Offer:
     """What a virtual device brings, so that `num_layers` is what is left beside the margin."""
     if device.memory_budget is not None:
-        return Offer(device.name, parse_bytes(device.memory_budget), _FLOOR_BYTES)
+        return Offer(device.name, parse_bytes(device.memory_budget), FLOOR_BYTES)
     assert device.num_layers is not None
     usable = _budget_bytes(spec, device.num_layers)
-    return Offer(device.name, math.ceil(usable / (1 - margin)), _FLOOR_BYTES)
+    return Offer(device.name, math.ceil(usable / (1 - margin)), FLOOR_BYTES)
 
 
 def _budget_bytes(spec: ModelSpec, num_layers: float) -> int:
@@ -77,7 +77,7 @@ def _budget_bytes(spec: ModelSpec, num_layers: float) -> int:
 
     def cost(count: int) -> int:
         (family,) = plain.granularity.families
-        return peak_of_sizes(spec, plain, {family: count}, floor_bytes=_FLOOR_BYTES)
+        return peak_of_sizes(spec, plain, {family: count}, floor_bytes=FLOOR_BYTES)
 
     low = min(int(num_layers), spec.num_layers)
     high = min(low + 1, spec.num_layers)

@@ -87,12 +87,13 @@ def _row(result: RoundResult) -> dict[str, object]:
 
 def _summary(results: list[RoundResult], losses_base: dict[str, float]) -> str:
     text = f"uploaded {format_bytes(sum(result.bytes_up for result in results))} in all"
-    last = results[-1].losses
-    if not last:
+    last = results[-1]
+    if last.loss is None:
         return text
-    rows = [f"  {name}: {losses_base[name]:.4f} -> {loss:.4f}" for name, loss in last.items()]
-    before, after = _mean(losses_base), _mean(dict(last))
-    return "\n".join([f"loss {before:.4f} -> {after:.4f}", *rows, text])
+    rows = [
+        f"  {name}: {losses_base[name]:.4f} -> {loss:.4f}" for name, loss in last.losses.items()
+    ]
+    return "\n".join([f"loss {_mean(losses_base):.4f} -> {last.loss:.4f}", *rows, text])
 
 
 def _mean(losses: dict[str, float]) -> float:

@@ -26,7 +26,7 @@ from fedpruner_common.errors import BudgetTooSmall, RunFailed
 from fedpruner_common.manifest import TensorInfo
 from fedpruner_common.modeling.bridges import load_bridges
 from fedpruner_common.spec import ModelSpec
-from fedpruner_common.statistics import Score, Statistics, average
+from fedpruner_common.statistics import Score, Statistics
 from fedpruner_common.submodel import Submodel
 from fedpruner_common.task import BridgeKind, LoraSettings, Task, UpdateMetrics
 from fedpruner_server import method
@@ -155,12 +155,13 @@ class Simulation:
         self.offers = {d.name: offer_of(d, self.spec, margin=margin) for d in settings.devices}
         self._data = {device.name: device.data for device in settings.devices}
         self._workshop = self._tools.workshop
-        text = (settings.model, settings.data, settings.training.max_seq_length)
-        self._text_key = text
-        self._evaluator = self._tools.get(("evaluator", text), self._new_evaluator)
-        evaluator = self._evaluator
+        self._text = (settings.model, settings.data, settings.training.max_seq_length)
+        evaluator = self._tools.get(("evaluator", self._text), self._new_evaluator)
+        self._evaluator = evaluator
         self.losses_base = (
-            self._tools.get(("base", text), lambda: evaluator.losses(None)) if evaluator else {}
+            self._tools.get(("base", self._text), lambda: evaluator.losses(None))
+            if evaluator
+            else {}
         )
         shapes = self.spec.adapter_shapes(settings.lora.r)
         self._state = _State(initial_adapter(shapes, seed=settings.run.seed))
@@ -351,23 +352,20 @@ class Simulation:
         state, source = self._state, self.settings.plan.statistics
         drift = relative_drift(state.adapter_then, state.adapter) if state.adapter_then else 0.0
         due = method.statistics_due(self.settings, number, measured=state.measured, drift=drift)
-        if not due and source == "device":
-            missing = tuple(name for name in cohort if name not in state.statistics)
-            if missing:
-                found = self._probe(number, missing)
-                state.statistics = method.mixed(self.settings, state.statistics, found)
-        if due:
-            found = self._probe(number, cohort)
+        asked = method.to_measure(self.settings, cohort, state.statistics, due=due)
+        if asked:
+            found = self._probe(number, asked)
             state.statistics = method.mixed(self.settings, state.statistics, found)
+        if due:
             state.measured, state.adapter_then = number, dict(state.adapter)
         return state.statistics if source == "device" else state.statistics[source]
 
-    def _probe(self, number: int, cohort: tuple[str, ...]) -> dict[str, Statistics]:
+    def _probe(self, number: int, asked: list[str]) -> dict[str, Statistics]:
         settings = self.settings
         if settings.plan.statistics == "public":
             statistics = probe(
                 settings.model,
-                list(settings.data.calibration or settings.data.eval),
+                self._calibration(),
                 granularity=settings.plan.granularity,
                 score=settings.plan.importance.value,
                 max_seq_length=settings.training.max_seq_length,
@@ -377,14 +375,11 @@ class Simulation:
                 rms_rows=settings.plan.rms_rows,
             )
             return {"public": statistics}
-        able = [name for name in cohort if self._can_probe(name)]
+        able = [name for name in asked if self._can_probe(name)]
         if not able:
             raise RunFailed("no device could measure its layers: too little memory for a sweep")
         found = {name: self._probe_device(number, name) for name in able}
-        if settings.plan.statistics == "device":
-            return method.of_everyone(found, cohort)
-        weights = [s.cost.num_tokens if s.cost else 1 for s in found.values()]
-        return {"cohort": average(list(found.values()), weights)}
+        return method.by_source(settings, found, asked)
 
     def _can_probe(self, name: str) -> bool:
         offer = self.offers[name]
@@ -426,11 +421,8 @@ class Simulation:
 
     def _fit_bridges(self, plans: Mapping[str, ClientPlan]) -> dict[Submodel, Path]:
         plan = self.settings.plan
-        submodels = sorted(
-            {p.submodel for p in plans.values() if not p.submodel.is_full},
-            key=lambda submodel: submodel.components,
-        )
-        if plan.bridge is BridgeKind.OFF or plan.bridge_data != "public" or not submodels:
+        submodels = method.to_bridge(self.settings, (p.submodel for p in plans.values()))
+        if not submodels:
             return {}
         paths = [self._work_dir / f"bridges-{i}.safetensors" for i in range(len(submodels))]
         adapter_dir = self._adapter_dir() if self._state.held else None
@@ -441,14 +433,18 @@ class Simulation:
 
     def _bridge_fitter(self) -> BridgeFitter:
         return self._tools.get(
-            ("fitter", self._text_key),
+            ("fitter", self._text),
             lambda: BridgeFitter(
                 self.settings.model,
-                list(self.settings.data.calibration or self.settings.data.eval),
+                self._calibration(),
                 max_seq_length=self.settings.training.max_seq_length,
                 num_sequences=self.settings.data.num_bridge_sequences,
             ),
         )
+
+    def _calibration(self) -> list[Path]:
+        """Files of public text."""
+        return list(self.settings.data.calibration or self.settings.data.eval)
 
     def _new_evaluator(self) -> Evaluator | None:
         if not self.settings.data.eval:

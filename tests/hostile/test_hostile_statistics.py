@@ -5,11 +5,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
+from fake_agent import FakeAgent, start_server
 from programs import NUM_LAYERS, Program, address_of, server_config
 
-from fedpruner_common import rpc
 from fedpruner_common.errors import (
     FedPrunerError,
     InvalidUpdate,
@@ -18,48 +17,13 @@ from fedpruner_common.errors import (
     UnknownClient,
 )
 from fedpruner_common.pb import federation_pb2 as pb
-from fedpruner_common.pb.federation_pb2_grpc import FederationStub
-from fedpruner_common.status import error_of
 
-GIB = 1 << 30
 TRIANGLE = NUM_LAYERS * (NUM_LAYERS + 1) // 2
 MAX_TOKENS = 5 * 64  # sequences and tokens in each, as the settings below say
 
 
-class FakeDevice:
-    """A device without a model: it can say anything of its layers."""
-
-    def __init__(self, address: str, client_id: str) -> None:
-        self.client_id = client_id
-        self.channel = grpc.insecure_channel(address, options=rpc.CHANNEL_OPTIONS)
-        self.stub = FederationStub(self.channel)
-        reply = self.call(
-            self.stub.Register,
-            pb.RegisterRequest(
-                client_id=client_id,
-                memory_budget_bytes=4 * GIB,
-                floor_bytes=GIB,
-                memory_kind="rss",
-            ),
-        )
-        self.session = reply.session
-
-    @staticmethod
-    def call(method: Any, request: Any) -> Any:
-        try:
-            return method(request, timeout=30)
-        except grpc.RpcError as error:
-            raise error_of(error) from None
-
-    def pull(self, kind: str) -> Any:
-        """The next answer of this kind; waits through `waiting`."""
-        request = pb.PullTaskRequest(client_id=self.client_id, session=self.session, wait_s=15)
-        while True:
-            reply = self.call(self.stub.PullTask, request)
-            found = reply.WhichOneof("reply")
-            if found == kind:
-                return getattr(reply, kind)
-            assert found == "waiting", reply
+class FakeDevice(FakeAgent):
+    """It can say anything of its layers."""
 
     def statistics(self, **fields: Any) -> pb.PushStatisticsRequest:
         """What an honest device says, with fields changed."""
@@ -99,14 +63,7 @@ def server(
         plan={"statistics": "cohort"},
         data={"num_calibration_sequences": 5},
     )
-    program = Program(
-        folder,
-        "server",
-        "fedpruner_server.cli",
-        "run",
-        *("--config", str(config)),
-        *("--state-dir", str(folder / "state")),
-    )
+    program = start_server(folder, config)
     yield program
     program.end()
 

@@ -6,14 +6,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import grpc
 import numpy as np
 import pytest
+from fake_agent import GIB, FakeAgent, start_server
 from programs import Program, address_of, server_config
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
-from fedpruner_common import rpc
 from fedpruner_common.chunks import CHUNK_BYTES, make_chunk
 from fedpruner_common.errors import (
     CorruptChunk,
@@ -25,49 +24,16 @@ from fedpruner_common.errors import (
     UnknownClient,
 )
 from fedpruner_common.pb import federation_pb2 as pb
-from fedpruner_common.pb.federation_pb2_grpc import FederationStub
-from fedpruner_common.status import error_of
-
-GIB = 1 << 30
 
 
-class FakeAgent:
-    """An agent without a model: it can say anything."""
+class FakeTrainer(FakeAgent):
+    """It can send anything as an update."""
 
-    def __init__(self, address: str, client_id: str) -> None:
-        self.client_id = client_id
-        self.channel = grpc.insecure_channel(address, options=rpc.CHANNEL_OPTIONS)
-        self.stub = FederationStub(self.channel)
-        reply = self.call(
-            self.stub.Register,
-            pb.RegisterRequest(
-                client_id=client_id,
-                memory_budget_bytes=4 * GIB,
-                floor_bytes=GIB,
-                memory_kind="rss",
-            ),
-        )
-        self.session = reply.session
-        self.task = pb.Task()
-
-    @staticmethod
-    def call(method: Any, request: Any) -> Any:
-        try:
-            return method(request, timeout=30)
-        except grpc.RpcError as error:
-            raise error_of(error) from None
-
-    def pull(self) -> pb.PullTaskReply:
-        request = pb.PullTaskRequest(client_id=self.client_id, session=self.session, wait_s=15)
-        return self.call(self.stub.PullTask, request)
+    task = pb.Task()
 
     def next_task(self) -> pb.Task:
-        while True:
-            reply = self.pull()
-            assert reply.WhichOneof("reply") != "finished", reply
-            if reply.WhichOneof("reply") == "task":
-                self.task = reply.task
-                return reply.task
+        self.task = self.pull("task")
+        return self.task
 
     def adapter(self) -> dict[str, np.ndarray]:
         request = pb.FetchAdapterRequest(
@@ -114,35 +80,28 @@ def server(
         texts,
         run={"num_rounds": 2, "min_available_clients": 2, "lease_s": 120},
     )
-    program = Program(
-        folder,
-        "server",
-        "fedpruner_server.cli",
-        "run",
-        *("--config", str(config)),
-        *("--state-dir", str(folder / "state")),
-    )
+    program = start_server(folder, config)
     yield program
     program.end()
 
 
 @pytest.fixture(scope="module")
-def agents(server: Program) -> tuple[FakeAgent, FakeAgent]:
+def agents(server: Program) -> tuple[FakeTrainer, FakeTrainer]:
     """Two registered agents, both with a task of round 1."""
     address = address_of(server)
-    mallory, alice = FakeAgent(address, "mallory"), FakeAgent(address, "alice")
+    mallory, alice = FakeTrainer(address, "mallory"), FakeTrainer(address, "alice")
     mallory.next_task()
     alice.next_task()
     return mallory, alice
 
 
 @pytest.fixture(scope="module")
-def mallory(agents: tuple[FakeAgent, FakeAgent]) -> FakeAgent:
+def mallory(agents: tuple[FakeTrainer, FakeTrainer]) -> FakeTrainer:
     return agents[0]
 
 
 @pytest.fixture
-def good(mallory: FakeAgent) -> dict[str, np.ndarray]:
+def good(mallory: FakeTrainer) -> dict[str, np.ndarray]:
     """What an honest agent would send."""
     return mallory.adapter()
 
@@ -232,20 +191,20 @@ BAD_FILES: dict[str, tuple[Callable[[dict[str, np.ndarray]], bytes], str]] = {
 
 @pytest.mark.parametrize("what", BAD_FILES)
 def test_a_bad_file_is_refused_and_the_message_says_why(
-    mallory: FakeAgent, good: dict[str, np.ndarray], what: str
+    mallory: FakeTrainer, good: dict[str, np.ndarray], what: str
 ) -> None:
     make, message = BAD_FILES[what]
     with pytest.raises(InvalidUpdate, match=message.replace("(", r"\(")):
         mallory.push(make(good))
 
 
-def test_a_promise_of_too_many_bytes_is_refused_before_they_travel(mallory: FakeAgent) -> None:
+def test_a_promise_of_too_many_bytes_is_refused_before_they_travel(mallory: FakeTrainer) -> None:
     with pytest.raises(InvalidUpdate, match="at most"):
         mallory.push(b"", promised=10 * GIB)
 
 
 def test_more_bytes_than_promised_are_refused(
-    mallory: FakeAgent, good: dict[str, np.ndarray]
+    mallory: FakeTrainer, good: dict[str, np.ndarray]
 ) -> None:
     data = save_safetensors(good)
     with pytest.raises(CorruptChunk, match="more than the promised"):
@@ -253,14 +212,14 @@ def test_more_bytes_than_promised_are_refused(
 
 
 def test_a_stream_that_ends_early_is_refused(
-    mallory: FakeAgent, good: dict[str, np.ndarray]
+    mallory: FakeTrainer, good: dict[str, np.ndarray]
 ) -> None:
     data = save_safetensors(good)
     with pytest.raises(InvalidUpdate, match="ended before"):
         mallory.push(data[:200], promised=len(data))
 
 
-def test_a_damaged_chunk_is_refused(mallory: FakeAgent, good: dict[str, np.ndarray]) -> None:
+def test_a_damaged_chunk_is_refused(mallory: FakeTrainer, good: dict[str, np.ndarray]) -> None:
     data = save_safetensors(good)
     chunk = make_chunk(data, blob=0, offset=0)
     chunk.data = data[:-1] + bytes([data[-1] ^ 1])
@@ -287,7 +246,7 @@ def test_a_damaged_chunk_is_refused(mallory: FakeAgent, good: dict[str, np.ndarr
     ],
 )
 def test_a_header_that_lies_is_refused(
-    mallory: FakeAgent,
+    mallory: FakeTrainer,
     good: dict[str, np.ndarray],
     fields: dict[str, Any],
     error: type[FedPrunerError],
@@ -297,7 +256,7 @@ def test_a_header_that_lies_is_refused(
         mallory.push(save_safetensors(good), **fields)
 
 
-def test_a_blob_that_is_not_in_the_base_model_is_not_found(mallory: FakeAgent) -> None:
+def test_a_blob_that_is_not_in_the_base_model_is_not_found(mallory: FakeTrainer) -> None:
     for name in ("0" * 64, "../state/journal.sqlite", ""):
         request = pb.FetchBlobsRequest(
             client_id="mallory", session=mallory.session, blobs=[pb.BlobRange(hash=name)]
@@ -309,13 +268,13 @@ def test_a_blob_that_is_not_in_the_base_model_is_not_found(mallory: FakeAgent) -
 
 
 @pytest.mark.parametrize("name", ["", "../x", "a/b", "x" * 65, "a b", "-rf"])
-def test_a_client_id_that_is_not_a_plain_name_is_refused(mallory: FakeAgent, name: str) -> None:
+def test_a_client_id_that_is_not_a_plain_name_is_refused(mallory: FakeTrainer, name: str) -> None:
     with pytest.raises(InvalidUpdate, match="client id"):
         mallory.call(mallory.stub.Register, pb.RegisterRequest(client_id=name))
 
 
 def test_after_all_that_the_run_completes_with_exactly_the_honest_values(
-    server: Program, agents: tuple[FakeAgent, FakeAgent]
+    server: Program, agents: tuple[FakeTrainer, FakeTrainer]
 ) -> None:
     """Runs last in this file: two honest updates a round, and the mean of them comes out."""
     mallory, alice = agents
@@ -335,10 +294,7 @@ def test_after_all_that_the_run_completes_with_exactly_the_honest_values(
     for agent in agents:
         agent.push(save_safetensors(agent.adapter()))
     for agent in agents:
-        reply = agent.pull()
-        while reply.WhichOneof("reply") == "waiting":
-            reply = agent.pull()
-        assert reply.finished
+        assert agent.pull("finished")
     assert server.wait() == 0
     assert "bug" not in server.output()
     assert not list(Path(server.stdout_path).parent.glob("state/updates/*/.incoming-*"))

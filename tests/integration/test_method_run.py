@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 from blake3 import blake3
 from federation import (
+    ALL,
     MARGIN,
     WAIT_S,
     Federation,
     Row,
     Start,
     assert_equal_bits,
+    at_address,
     budgets,
     wait_for_all,
 )
@@ -24,7 +26,6 @@ from programs import NUM_LAYERS, address_of, server_config
 
 # Batch and sequence large enough that half a layer is more than the floor's own variation.
 _TRAINING = {"per_device_train_batch_size": 16, "max_seq_length": 256}
-_ALL = "4GiB"
 # Two whole layers and one bridge, not three.
 _NUM_LAYERS_SMALL = 2.6
 
@@ -34,13 +35,6 @@ def _until(condition: Callable[[], bool], what: str, timeout_s: float = WAIT_S) 
     while not condition():
         assert time.monotonic() < deadline, what
         time.sleep(0.02)
-
-
-def _at(config: Path, address: str) -> Path:
-    """The same settings at an address that agents know already."""
-    fixed = config.with_name("fixed.toml")
-    fixed.write_text(config.read_text().replace("127.0.0.1:0", address))
-    return fixed
 
 
 def test_a_survey_begins_anew_after_a_restart_and_goes_on_without_a_device_that_died(
@@ -57,12 +51,12 @@ def test_a_survey_begins_anew_after_a_restart_and_goes_on_without_a_device_that_
     federation = Federation(start, tmp_path)
     server = federation.server(config)
     address = address_of(server)
-    doomed = federation.agent(address, "doomed", texts["counting-train"], budget=_ALL)
-    steady = federation.agent(address, "steady", texts["letters-train"], budget=_ALL)
+    doomed = federation.agent(address, "doomed", texts["counting-train"], budget=ALL)
+    steady = federation.agent(address, "steady", texts["letters-train"], budget=ALL)
     server.wait_for("round 1: measuring the layers (cohort)", WAIT_S)
     server.kill()
     assert "task" not in server.output()
-    server = federation.server(_at(config, address))
+    server = federation.server(at_address(config, address))
     server.wait_for("round 1: measuring the layers (cohort)", WAIT_S)
     server.wait_for("layers measured client=doomed", WAIT_S)
     server.wait_for("layers measured client=steady", WAIT_S)
@@ -137,7 +131,7 @@ def test_bridges_travel_once_a_round_and_outlive_a_killed_server(
     server.wait_for("round 2 of 3", WAIT_S)
     agents["two"].kill()
     server.kill()
-    server = killed.server(_at(config, address))
+    server = killed.server(at_address(config, address))
     # With an empty cache it needs the file of a round that another process opened.
     agents["two"] = killed.agent(address, "two", data["two"], budget=small, state="empty")
     wait_for_all(server, *agents.values())
@@ -216,7 +210,7 @@ def test_layers_are_measured_again_after_a_round_that_brought_nothing(
     )
     federation = Federation(start, tmp_path)
     server = federation.server(config)
-    agent = federation.agent(address_of(server), "device", own, budget=_ALL)
+    agent = federation.agent(address_of(server), "device", own, budget=ALL)
     agent.wait_for("update sent", WAIT_S)
     own.write_text("not JSON\n")
     agent.wait_for("task failed", WAIT_S)
@@ -234,7 +228,7 @@ def _run_alone(
     )
     federation = Federation(start, tmp_path)
     server = federation.server(config)
-    agent = federation.agent(address_of(server), "device", texts["counting-train"], budget=_ALL)
+    agent = federation.agent(address_of(server), "device", texts["counting-train"], budget=ALL)
     wait_for_all(server, agent)
     return federation, federation.rows("client")
 

@@ -1,14 +1,14 @@
 """A whole run with real processes: what it leaves, what it moves, and what it survives."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import pytest
-from programs import NUM_LAYERS, Program, address_of, server_config, when_ready
+from federation import ALL, Federation, Start, at_address
+from programs import NUM_LAYERS, address_of, server_config, when_ready
 from safetensors.numpy import load_file
 
 from fedpruner_client.ctl.cli import app
@@ -16,42 +16,6 @@ from fedpruner_common.components import ComponentId
 from fedpruner_server.blockstore import BlockStore
 
 MIB = 1 << 20
-# More than any training process needs before its model: the floor that `plan` is asked with.
-ASSUMED_FLOOR = 1024 * MIB
-
-Start = Callable[..., Program]
-
-
-def start_server(start: Start, folder: Path, config: Path) -> Program:
-    return start(
-        "server",
-        "fedpruner_server.cli",
-        "run",
-        *("--config", str(config)),
-        *("--state-dir", str(folder / "server")),
-    )
-
-
-def start_agent(
-    start: Start, folder: Path, address: str, name: str, data: Path, *more: str
-) -> Program:
-    return start(
-        name,
-        "fedpruner_client.cli",
-        "run",
-        *("--server", address),
-        *("--name", name),
-        *("--data", str(data)),
-        *("--state-dir", str(folder / name)),
-        *("--num-threads", "1"),
-        *("--device", "cpu"),
-        *("--max-wait-time", "1"),
-        *more,
-    )
-
-
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "server/metrics.jsonl").read_text().splitlines()]
 
 
 def ask(question: str, address: str) -> dict[str, Any]:
@@ -87,13 +51,12 @@ def test_two_unequal_devices_train_one_model(
         run={"lease_s": 60},
         plan={"correction": correction},
     )
-    server = start_server(start, tmp_path, config)
+    federation = Federation(start, tmp_path)
+    server = federation.server(config)
     address = address_of(server)
     impatient = tmp_path / "agent.toml"
     impatient.write_text('memory_budget = "4GiB"\nidle_s = 0.5\n')
-    big = start_agent(
-        start, tmp_path, address, "big", texts["counting-train"], "--config", str(impatient)
-    )
+    big = federation.agent(address, "big", texts["counting-train"], config=impatient)
     when_ready(address)
     server.wait_for("waiting for 1 of 2 agents")
     assert ask("status", address)["explanation"] == "waiting for 1 of 2 agents"
@@ -103,15 +66,13 @@ def test_two_unequal_devices_train_one_model(
     assert not agent.children()
     agent_memory = agent.memory_info().rss
     budget = small_budget(address, floor_of(address))
-    small = start_agent(
-        start, tmp_path, address, "small", texts["letters-train"], "--memory-budget", str(budget)
-    )
+    small = federation.agent(address, "small", texts["letters-train"], budget=budget)
     server.wait_for("round=1 train_loss")
     assert ask("status", address)["state"] == "running"
     assert {r["round"] for r in ask("rounds", address)["rounds"]} >= {1}
     assert [big.wait(), small.wait(), server.wait()] == [0, 0, 0]
 
-    rows = metrics(tmp_path)
+    rows = federation.metrics
     of_big = [r for r in rows if r.get("client_id") == "big"]
     of_small = [r for r in rows if r.get("client_id") == "small"]
     run = rows[-1]
@@ -172,29 +133,27 @@ def test_a_run_killed_in_the_middle_goes_on_and_ends_with_the_same_adapter(
             texts,
             run={"min_available_clients": 1, "num_rounds": 3, "lease_s": 60},
         )
-        server = start_server(start, folder, config)
+        federation = Federation(start, folder)
+        server = federation.server(config)
         address = address_of(server)
-        fixed = tmp_path / "fixed.toml"
-        fixed.write_text(config.read_text().replace("127.0.0.1:0", address))
-        agent = start_agent(
-            start, folder, address, "device", texts["counting-train"], "--memory-budget", "4GiB"
-        )
+        agent = federation.agent(address, "device", texts["counting-train"], budget=ALL)
         if kill_after:
             server.wait_for(kill_after)
             server.kill()
-            server = start_server(start, folder, fixed)
+            server = federation.server(at_address(config, address))
         assert [server.wait(), agent.wait()] == [0, 0]
-        rows = metrics(folder)
+        rows = federation.metrics
         assert [r["round"] for r in rows if r["type"] == "round"] == [1, 2, 3]
         assert rows[-1]["rounds"] == 3
         return load_file(Path(rows[-1]["adapter_dir"]) / "adapter_model.safetensors")
 
     whole = whole_run(tmp_path / "whole", kill_after=None)
-    left = (tmp_path / "whole/server/metrics.jsonl").read_text()
-    again = start_server(start, tmp_path / "whole", tmp_path / "server.toml")
+    federation = Federation(start, tmp_path / "whole")
+    left = federation.metrics_text
+    again = federation.server(tmp_path / "server.toml")
     assert again.wait() == 0
     assert "the run is complete: 3 of 3 rounds" in again.output()
-    assert (tmp_path / "whole/server/metrics.jsonl").read_text() == left
+    assert federation.metrics_text == left
     for moment in ("round=1 train_loss", "round 2 of 3: 1 devices train"):
         killed = whole_run(tmp_path / f"killed {moment[:7]}", kill_after=moment)
         assert whole.keys() == killed.keys()
@@ -212,11 +171,11 @@ def test_a_killed_agent_is_noticed_and_the_round_goes_on_without_it(
         training={"max_steps": 40},
         run={"num_rounds": 1, "lease_s": 3},
     )
-    server = start_server(start, tmp_path, config)
+    federation = Federation(start, tmp_path)
+    server = federation.server(config)
     address = address_of(server)
-    budget = ("--memory-budget", "4GiB")
-    doomed = start_agent(start, tmp_path, address, "doomed", texts["counting-train"], *budget)
-    steady = start_agent(start, tmp_path, address, "steady", texts["letters-train"], *budget)
+    doomed = federation.agent(address, "doomed", texts["counting-train"], budget=ALL)
+    steady = federation.agent(address, "steady", texts["letters-train"], budget=ALL)
     doomed.wait_for("task")
     children = psutil.Process(doomed.pid).children()
     assert children, "the training process should be warm"
@@ -225,7 +184,7 @@ def test_a_killed_agent_is_noticed_and_the_round_goes_on_without_it(
     _, alive = psutil.wait_procs(children, timeout=10)
     assert not alive
     assert [server.wait(), steady.wait()] == [0, 0]
-    outcome = {r["client_id"]: r for r in metrics(tmp_path) if r["type"] == "client"}
+    outcome = {r["client_id"]: r for r in federation.rows("client")}
     assert outcome["doomed"]["outcome"] == "lost"
     assert outcome["doomed"]["reason"] == "no heartbeat"
     assert outcome["steady"]["outcome"] == "stored"
@@ -241,11 +200,10 @@ def test_sigterm_ends_agent_and_server_in_order(
         training={"max_steps": 400},
         run={"min_available_clients": 1},
     )
-    server = start_server(start, tmp_path, config)
+    federation = Federation(start, tmp_path)
+    server = federation.server(config)
     address = address_of(server)
-    agent = start_agent(
-        start, tmp_path, address, "device", texts["counting-train"], "--memory-budget", "4GiB"
-    )
+    agent = federation.agent(address, "device", texts["counting-train"], budget=ALL)
     agent.wait_for("task")
     children = [child for p in (agent, server) for child in psutil.Process(p.pid).children()]
     assert len(children) == 2
@@ -262,19 +220,18 @@ def test_a_device_that_is_too_small_is_told_how_much_is_missing(
     config = server_config(
         tmp_path / "server.toml", small_model, texts, run={"min_available_clients": 1}
     )
-    server = start_server(start, tmp_path, config)
+    federation = Federation(start, tmp_path)
+    server = federation.server(config)
     address = address_of(server)
     when_ready(address)
-    tiny = start_agent(
-        start, tmp_path, address, "tiny", texts["counting-train"], "--memory-budget", "100MiB"
-    )
+    tiny = federation.agent(address, "tiny", texts["counting-train"], budget="100MiB")
     assert tiny.wait() == 1
     assert "short of the smallest submodel (2 of 4 layers)" in tiny.output()
     server.wait_for("tiny: not enough memory")
     (device,) = ask("devices", address)["devices"]
     assert "short of the smallest submodel" in device["last_failure"]
     # A second coordinator on the same state is refused, the first is unharmed.
-    second = start_server(start, tmp_path, config)
+    second = federation.server(config)
     assert second.wait() == 1
     assert "another fedpruner-server is using" in second.output()
     assert ask("status", address)["state"] == "waiting"
@@ -292,15 +249,13 @@ def test_bad_private_data_fails_the_task_by_name_and_not_the_run(
         plan={"granularity": "component", "selection": "sample"},
         run={"num_rounds": 2},
     )
-    server = start_server(start, tmp_path, config)
+    federation = Federation(start, tmp_path)
+    server = federation.server(config)
     address = address_of(server)
-    bad = start_agent(start, tmp_path, address, "bad", broken, "--memory-budget", "4GiB")
-    good = start_agent(
-        start, tmp_path, address, "good", texts["letters-train"], "--memory-budget", "4GiB"
-    )
+    bad = federation.agent(address, "bad", broken, budget=ALL)
+    good = federation.agent(address, "good", texts["letters-train"], budget=ALL)
     assert [server.wait(), good.wait(), bad.wait()] == [0, 0, 0]
-    outcomes = [r for r in metrics(tmp_path) if r["type"] == "client"]
-    for row in outcomes:
+    for row in federation.rows("client"):
         if row["client_id"] == "bad":
             assert row["outcome"] == "failed"
             assert "broken.jsonl, line 2: not JSON" in row["reason"]
@@ -329,7 +284,7 @@ def test_a_server_that_cannot_run_says_why_and_exits_with_one(
 ) -> None:
     model = Path(change.pop("model", small_model))
     config = server_config(tmp_path / "server.toml", model, texts, **change)
-    server = start_server(start, tmp_path, config)
+    server = Federation(start, tmp_path).server(config)
     assert server.wait() == 1
     assert message in server.output()
     assert "Traceback" not in server.output()

@@ -34,6 +34,7 @@ from fedpruner_server.method import (
     aggregation_settings,
     as_sent,
     bridge_settings,
+    by_source,
     calibrated_budget,
     make_probe,
     make_task,
@@ -41,6 +42,8 @@ from fedpruner_server.method import (
     plan_settings,
     statistics_due,
     task_plan,
+    to_bridge,
+    to_measure,
     training_settings,
 )
 
@@ -92,6 +95,24 @@ def test_every_zero_measures_once_however_far_the_adapter_moves():
 def test_a_round_that_is_planned_again_is_not_measured_again():
     settings = with_plan(statistics_every=1)
     assert not statistics_due(settings, 3, measured=3, drift=9.0)
+
+
+@pytest.mark.parametrize(
+    ("source", "due", "expected"),
+    [
+        ("public", True, ["a", "b", "c"]),
+        ("cohort", True, ["a", "b", "c"]),
+        ("device", True, ["a", "b", "c"]),
+        ("public", False, []),
+        ("cohort", False, []),
+        ("device", False, ["a", "c"]),  # who is new has nothing to plan with
+    ],
+)
+def test_between_two_measurements_only_new_devices_with_statistics_of_their_own_are_asked(
+    source, due, expected
+):
+    settings = with_plan(statistics=source)
+    assert to_measure(settings, ("a", "b", "c"), {"b": "known"}, due=due) == expected
 
 
 # Ages
@@ -346,6 +367,26 @@ def test_statistics_of_a_device_are_taken_as_they_are_and_those_of_others_stay()
     assert found == {"a": new, "b": other}
 
 
+def test_a_survey_is_the_cohorts_mean_by_tokens_or_fills_in_who_did_not_answer():
+    small, large = (
+        Statistics(
+            {Family.LAYER: FamilyStatistics(np.eye(2), importance)},
+            "device",
+            "",
+            ProbeCost(1.0, num_tokens, 1.0, 0),
+        )
+        for importance, num_tokens in (((1.0, 4.0), 100), ((5.0, 8.0), 300))
+    )
+    found = {"a": small, "b": large}
+    cohort = by_source(with_plan(statistics="cohort"), found, ["a", "b", "c"])
+    assert cohort.keys() == {"cohort"}
+    # (1 * 100 + 5 * 300) / 400 and (4 * 100 + 8 * 300) / 400
+    assert cohort["cohort"].families[Family.LAYER].importance == (4.0, 7.0)
+    each = by_source(with_plan(statistics="device"), found, ["a", "b", "c"])
+    assert (each["a"], each["b"]) == (small, large)
+    assert each["c"].families[Family.LAYER].importance == (3.0, 6.0)
+
+
 def test_the_first_statistics_are_taken_as_they_are():
     new = statistics(0.7, 3.0, 0.0)
     assert mixed(with_plan(statistics="cohort"), {}, {"cohort": new}) == {"cohort": new}
@@ -471,3 +512,12 @@ def test_every_option_of_aggregation_reaches_it():
     for name in AGGREGATION:
         assert getattr(found, name) != getattr(default, name)
     assert default.fedadam_factor is Factor.B
+
+
+def test_the_coordinator_fits_each_pruned_submodel_once_and_only_on_public_text():
+    first, second = (Submodel.of(3, [component(c)]) for c in ("0.ffn", "2.attention"))
+    submodels = [second, Submodel.full(3), first, second]
+    public = with_plan(bridge="full", bridge_data="public")
+    assert to_bridge(public, submodels) == [first, second]
+    assert to_bridge(with_plan(bridge="full", bridge_data="local"), submodels) == []
+    assert to_bridge(with_plan(bridge="off"), submodels) == []

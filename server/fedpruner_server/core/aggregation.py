@@ -244,16 +244,6 @@ class CombineReport:
     fedit_error: float
     left_alone: tuple[str, ...]
 
-    @property
-    def min_holders(self) -> int:
-        """The fewest holders among modules that somebody trained; 0 if nobody trained any."""
-        return min((count for count in self.num_holders.values() if count), default=0)
-
-    @property
-    def max_holders(self) -> int:
-        """The most holders of a module."""
-        return max(self.num_holders.values(), default=0)
-
 
 @dataclass(frozen=True)
 class Combined:
@@ -356,6 +346,12 @@ def residual_factors(state: ServerState) -> dict[str, tuple[Array, Array]]:
     return {
         module: (_float32(p), _float32(q)) for module, (p, q) in sorted(state.residuals.items())
     }
+
+
+def squared_norm(product: LowRank) -> float:
+    """Squared Frobenius norm of P Q: the trace of (P'P)(Q Q'), from the two small matrices."""
+    left, right = product
+    return max(0.0, float(((left.T @ left) * (right @ right.T)).sum()))
 
 
 def initial_adapter(shapes: Mapping[str, tuple[int, int]], *, seed: int) -> dict[str, Array]:
@@ -747,9 +743,7 @@ def _fedit_error(parts: Sequence[_Part]) -> float | None:
 
 
 def _norm(product: LowRank) -> float:
-    """Frobenius norm of a product, from the two small Gram matrices."""
-    left, right = product
-    return math.sqrt(max(0.0, float(((left.T @ left) * (right @ right.T)).sum())))
+    return math.sqrt(squared_norm(product))
 
 
 def _float32(values: Array64) -> Array:

@@ -7,7 +7,7 @@ import numpy as np
 
 from fedpruner_common.errors import InvalidUpdate
 from fedpruner_common.manifest import TensorInfo
-from fedpruner_common.statistics import Family, Statistics
+from fedpruner_common.statistics import Family, ProbeCost, Statistics
 from fedpruner_common.task import UpdateMetrics
 from fedpruner_server.core.aggregation import Adapter
 
@@ -32,9 +32,7 @@ def check_metrics(metrics: UpdateMetrics) -> None:
     """
     if not 0 < metrics.num_examples <= _MAX_EXAMPLES:
         raise InvalidUpdate(f"num_examples is {metrics.num_examples}, expected a positive count")
-    for name in ("train_loss_first", "train_loss_last", "train_s"):
-        if not math.isfinite(getattr(metrics, name)):
-            raise InvalidUpdate(f"{name} is {getattr(metrics, name)}, expected a finite number")
+    _check_finite(metrics, "train_loss_first", "train_loss_last", "train_s")
     if len(metrics.rungs) > _MAX_RUNGS or any(len(rung) > _MAX_RUNG for rung in metrics.rungs):
         raise InvalidUpdate(f"at most {_MAX_RUNGS} rungs of {_MAX_RUNG} characters")
 
@@ -103,6 +101,10 @@ def check_statistics(
         return
     if not 0 < cost.num_tokens <= max_tokens:
         raise InvalidUpdate(f"num_tokens is {cost.num_tokens}, expected 1 to {max_tokens}")
-    for name in ("loss_full", "seconds"):
-        if not math.isfinite(getattr(cost, name)):
-            raise InvalidUpdate(f"{name} is {getattr(cost, name)}, expected a finite number")
+    _check_finite(cost, "loss_full", "seconds")
+
+
+def _check_finite(measured: UpdateMetrics | ProbeCost, *names: str) -> None:
+    for name in names:
+        if not math.isfinite(getattr(measured, name)):
+            raise InvalidUpdate(f"{name} is {getattr(measured, name)}, expected a finite number")
