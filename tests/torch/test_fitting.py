@@ -26,12 +26,7 @@ from torch_support import (
 
 from fedpruner_common.components import Kind
 from fedpruner_common.modeling.bridges import Bridge, Moments
-from fedpruner_common.modeling.fitting import (
-    Tensors,
-    allocate_states,
-    bridge_runs,
-    install_bridges,
-)
+from fedpruner_common.modeling.fitting import Tensors, bridge_runs, install_bridges
 from fedpruner_common.modeling.streaming import streaming
 from fedpruner_common.modeling.stubs import skipping
 from fedpruner_common.submodel import Submodel
@@ -72,7 +67,7 @@ def fit(
     **arguments: Any,
 ) -> Fit:
     shape = (*ids.shape, model.get_input_embeddings().weight.shape[1])
-    states = list(allocate_states(submodel, shape, dtype).values())
+    states = [torch.empty(shape, dtype=dtype) for _ in submodel.dropped_runs()]
     bridges = bridge_runs(
         model, tiny.skeleton.anatomy, submodel, ids, kind=kind, rank=4, given=given,
         states=states, corrected=corrected, rows=rows, **arguments,
