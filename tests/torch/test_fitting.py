@@ -120,6 +120,14 @@ def test_as_many_sequences_as_tokens_are_no_trap(tiny: TinyModel) -> None:
         assert difference(logits(model, ids), expected) < 1e-5
 
 
+def test_every_kind_of_bridge_is_where_the_model_computes(llama: TinyModel) -> None:
+    submodel = submodel_without(5, PLANS["whole layers"])
+    model = llama.build(submodel).to("meta")  # stands for a GPU
+    given: list[Tensors] = [{"scale": torch.ones(1)}, {}]
+    installed = install_bridges(model, llama.skeleton.anatomy, submodel, given)
+    assert [b.device.type for bridge in installed for b in bridge.buffers()] == ["meta", "meta"]
+
+
 def test_corrections_of_padded_sequences_hold_for_their_real_tokens(tiny: TinyModel) -> None:
     model, submodel = adapted(tiny), submodel_without(5, PLANS["mixed halves"])
     lengths = (12, 9, 7, 4)

@@ -110,7 +110,7 @@ def install_bridges(
     for run, tensors in zip(submodel.dropped_runs(), bridges, strict=True):
         first = run[0]
         layer, parts = layers[first.layer], anatomy[first.layer]
-        bridge = _bridge(tensors, device, gain=_gain(layer, parts, first.kind))
+        bridge = _bridge(tensors, gain=_gain(layer, parts, first.kind)).to(device)
         _stub_of(layer, parts, first.kind).bridge = bridge
         installed.append(bridge)
     return installed
@@ -126,10 +126,8 @@ class Offset(Bridge):
         return torch.zeros_like(hidden)
 
 
-def _bridge(
-    tensors: Mapping[str, torch.Tensor], device: torch.device, *, gain: float = 1.0
-) -> Bridge:
-    return Bridge(tensors, gain=gain).to(device) if tensors else Offset(gain)
+def _bridge(tensors: Mapping[str, torch.Tensor], *, gain: float = 1.0) -> Bridge:
+    return Bridge(tensors, gain=gain) if tensors else Offset(gain)
 
 
 def _stub_of(layer: nn.Module, parts: LayerAnatomy, kind: Kind) -> ZeroStub | SkippedLayer:
@@ -253,7 +251,7 @@ class _Fitting:
             for x, target, reached in zip(seen, self.states[run], residual, strict=True):
                 moments.add(x, target.to(reached.device) - reached)
             self.bridges[run] = moments.solve(self.kind, rank=self.rank)
-        return _bridge(self.bridges[run], seen.device)
+        return _bridge(self.bridges[run]).to(seen.device)
 
 
 def _bridging(
