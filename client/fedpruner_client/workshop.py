@@ -7,8 +7,7 @@ devices.
 import gc
 import time
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from transformers import PreTrainedTokenizerBase
 from fedpruner_client.memory import PeakMeter
 from fedpruner_client.model import (
     LocalTensor,
-    MappedModel,
     Skeleton,
     adapted_modules,
     add_adapter,
@@ -42,7 +40,6 @@ from fedpruner_common.modeling.data import (
 )
 from fedpruner_common.modeling.fitting import Tensors, install_bridges
 from fedpruner_common.modeling.probe import probe
-from fedpruner_common.modeling.streaming import streaming
 from fedpruner_common.statistics import Granularity, Score, Statistics
 from fedpruner_common.submodel import Submodel
 from fedpruner_common.task import (
@@ -196,13 +193,7 @@ class Workshop:
             collate(chosen[start : start + _PROBE_ROWS], pad_token_id=pad_token_id(tokenizer))
             for start in range(0, len(chosen), _PROBE_ROWS)
         ]
-        with streaming(
-            full.model,
-            range(work.num_layers),
-            full.mapped,
-            dtype=full.dtype,
-            device=self._device,
-        ):
+        with full.streaming():
             return probe(
                 model,
                 skeleton.anatomy,
@@ -239,13 +230,11 @@ class Workshop:
             device=self._device,
             streamed=range(work.submodel.num_layers),
         )
-        modules = adapted_modules(adapter)
-        lora = LoraSettings(work.lora.r, work.lora.lora_alpha, work.lora.lora_dropout, modules)
-        base = full.model
-        add_adapter(base, lora, adapter)  # in place
+        lora = replace(work.lora, target_modules=adapted_modules(adapter))
+        add_adapter(full.model, lora, adapter)  # in place
         fits_here = work.bridge.local or work.bridge.kind is BridgeKind.OFF
         return sweep(
-            MappedModel(base, full.mapped, full.dtype),
+            full,
             skeleton,
             work.submodel,
             batches(sequences, work.training, order=_order(work), pad_token_id=pad),
@@ -253,7 +242,6 @@ class Workshop:
             given=None if fits_here else self._given(work, skeleton),
             work_dir=work.work_dir,
             pad_token_id=pad,
-            device=self._device,
         )
 
     def _train(
@@ -286,14 +274,7 @@ class Workshop:
             if corrections:
                 corrections.select(installed, index)
 
-        block = (
-            streaming(
-                built.model, work.streamed, built.mapped, dtype=built.dtype, device=self._device
-            )
-            if work.streamed
-            else nullcontext()
-        )
-        with block:
+        with built.streaming():
             result = train(
                 model,
                 sequences,
