@@ -33,13 +33,12 @@ from fedpruner_common import malloc
 from fedpruner_common.modeling.bridges import load_bridges
 from fedpruner_common.modeling.data import (
     TokenSequence,
-    collate,
     load_sequences,
     load_tokenizer,
     pad_token_id,
 )
 from fedpruner_common.modeling.fitting import Tensors, install_bridges
-from fedpruner_common.modeling.probe import probe
+from fedpruner_common.modeling.probe import draw, probe
 from fedpruner_common.statistics import Granularity, Score, Statistics
 from fedpruner_common.submodel import Submodel
 from fedpruner_common.task import (
@@ -52,7 +51,6 @@ from fedpruner_common.task import (
 
 OnStep = Callable[[int, float], None]
 
-_PROBE_ROWS = 4
 _TOKENIZER_SUFFIXES = (".json", ".jinja", ".model", ".txt")
 
 
@@ -187,17 +185,12 @@ class Workshop:
         )
         model = add_adapter(full.model, work.lora, work.adapter_path)
         rng = np.random.default_rng(work.seed)
-        order = rng.permutation(len(sequences))[: work.num_sequences]
-        chosen = [sequences[index] for index in order]
-        parts = [
-            collate(chosen[start : start + _PROBE_ROWS], pad_token_id=pad_token_id(tokenizer))
-            for start in range(0, len(chosen), _PROBE_ROWS)
-        ]
+        drawn = draw(sequences, work.num_sequences, pad_token_id=pad_token_id(tokenizer), rng=rng)
         with full.streaming():
             return probe(
                 model,
                 skeleton.anatomy,
-                parts,
+                drawn,
                 families=work.granularity.families,
                 score=work.score,
                 rng=rng,

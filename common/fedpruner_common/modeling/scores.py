@@ -8,6 +8,7 @@ Source: METHOD.md 2.2 of the project's notes.
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -75,16 +76,16 @@ def fisher(
                 f"the score `fisher` needs an adapter that can be trained in every layer, and the "
                 f"{family.value} item of layer {index} has none"
             )
-    distinct = list({id(p): p for parameters in tensors.values() for p in parameters}.values())
-    squares = {id(p): torch.zeros_like(p, dtype=torch.float32) for p in distinct}
+    distinct = list(dict.fromkeys(chain.from_iterable(tensors.values())))
+    squares = {p: torch.zeros_like(p, dtype=torch.float32) for p in distinct}
     for batch in batches:
         with torch.enable_grad():
             gradients = torch.autograd.grad(_loss(model, batch), distinct)
         for parameter, gradient in zip(distinct, gradients, strict=True):
-            squares[id(parameter)] += gradient.float() ** 2 / len(batches)
+            squares[parameter] += gradient.float() ** 2 / len(batches)
 
     def score(parameters: list[nn.Parameter]) -> float:
-        return float(sum(squares[id(p)].norm().item() for p in parameters))
+        return float(sum(squares[p].norm().item() for p in parameters))
 
     return {
         family: tuple(score(tensors[family, index]) for index in range(len(anatomy)))
