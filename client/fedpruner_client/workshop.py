@@ -6,7 +6,7 @@ devices.
 
 import gc
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from fedpruner_client.model import (
     save_update,
 )
 from fedpruner_client.sweep import Corrections, sweep
-from fedpruner_client.train import TrainingResult, batches, train
+from fedpruner_client.train import OnStep, TrainingResult, batches, train
 from fedpruner_common import malloc
 from fedpruner_common.modeling.bridges import load_bridges
 from fedpruner_common.modeling.data import (
@@ -48,8 +48,6 @@ from fedpruner_common.task import (
     TrainingSettings,
     UpdateMetrics,
 )
-
-OnStep = Callable[[int, float], None]
 
 _TOKENIZER_SUFFIXES = (".json", ".jinja", ".model", ".txt")
 

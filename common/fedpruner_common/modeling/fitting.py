@@ -110,7 +110,7 @@ def install_bridges(
     for run, tensors in zip(submodel.dropped_runs(), bridges, strict=True):
         first = run[0]
         layer, parts = layers[first.layer], anatomy[first.layer]
-        bridge = _bridge(tensors, gain=_gain(layer, parts, first.kind)).to(device)
+        bridge = _bridge_of(tensors, gain=_gain(layer, parts, first.kind)).to(device)
         _stub_of(layer, parts, first.kind).bridge = bridge
         installed.append(bridge)
     return installed
@@ -126,7 +126,7 @@ class Offset(Bridge):
         return torch.zeros_like(hidden)
 
 
-def _bridge(tensors: Mapping[str, torch.Tensor], *, gain: float = 1.0) -> Bridge:
+def _bridge_of(tensors: Mapping[str, torch.Tensor], *, gain: float = 1.0) -> Bridge:
     return Bridge(tensors, gain=gain) if tensors else Offset(gain)
 
 
@@ -251,7 +251,7 @@ class _Fitting:
             for x, target, reached in zip(seen, self.states[run], residual, strict=True):
                 moments.add(x, target.to(reached.device) - reached)
             self.bridges[run] = moments.solve(self.kind, rank=self.rank)
-        return _bridge(self.bridges[run]).to(seen.device)
+        return _bridge_of(self.bridges[run]).to(seen.device)
 
 
 def _bridging(
