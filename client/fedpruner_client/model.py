@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from fedpruner_common.modeling.anatomy import LayerAnatomy
 from fedpruner_common.modeling.check import find_anatomy
 from fedpruner_common.modeling.load import TORCH_DTYPES, load_submodel, map_tensor, read_config
 from fedpruner_common.modeling.meta import decoder_layers
+from fedpruner_common.modeling.streaming import streaming
 from fedpruner_common.submodel import Submodel
 from fedpruner_common.task import LoraSettings
 
@@ -70,11 +72,21 @@ class MappedModel:
         model: the model; with the stored dtype its weights are the mappings.
         mapped: mappings of the cache files.
         dtype: to compute with; the weights' own unless they are streamed.
+        device: to compute on.
+        streamed: layers that rest as they are stored.
     """
 
     model: Any
     mapped: tuple[torch.Tensor, ...]
     dtype: torch.dtype
+    device: torch.device
+    streamed: Collection[int]
+
+    def streaming(self) -> AbstractContextManager[None]:
+        """Within a `with` block, the streamed layers can work; see `streaming`."""
+        return streaming(
+            self.model, self.streamed, self.mapped, dtype=self.dtype, device=self.device
+        )
 
 
 def build_submodel(
@@ -97,7 +109,7 @@ def build_submodel(
         tensors: all it needs, and no other.
         dtype: float32, bfloat16, or auto: as most tensors are stored.
         device: to train on.
-        streamed: layers to leave as they are stored, for `streaming` to bring in.
+        streamed: layers to leave as they are stored.
 
     Raises:
         ModelError: a tensor is missing or damaged, or the model cannot be pruned.
@@ -122,7 +134,7 @@ def build_submodel(
         _move_others(model, streamed, wanted, device)
     else:
         model = model.to(device)
-    return MappedModel(model, tuple(mapped.values()), wanted)
+    return MappedModel(model, tuple(mapped.values()), wanted, device, streamed)
 
 
 def _move_others(

@@ -4,9 +4,9 @@ It fits the bridges on the device's own text, or notes what they miss on every t
 batches, or both; see `fedpruner_common.modeling.fitting`. What is noted is on disk.
 """
 
+import math
 import os
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from fedpruner_common.errors import ModelError, StorageError
 from fedpruner_common.modeling.bridges import Bridge
 from fedpruner_common.modeling.data import Batch
 from fedpruner_common.modeling.fitting import Tensors, bridge_runs
-from fedpruner_common.modeling.streaming import streaming
 from fedpruner_common.submodel import Submodel
 from fedpruner_common.task import BridgeSettings
 from fedpruner_common.units import format_bytes
@@ -67,12 +66,11 @@ def sweep(
     given: Sequence[Tensors] | None,
     work_dir: Path,
     pad_token_id: int,
-    device: torch.device,
 ) -> Corrections:
     """Fit or correct the bridges of a submodel on a round's batches.
 
     Args:
-        full: the full model with its layers as they are stored, the adapter in place.
+        full: the full model with all layers streamed, the adapter in place.
         skeleton: of it.
         submodel: what will train.
         batches: of the round, in order.
@@ -81,7 +79,6 @@ def sweep(
         work_dir: where the space for one nameless file per dropped run is, each as large as the
             round's hidden states.
         pad_token_id: for the padding up to the round's longest sequence.
-        device: to compute on.
     """
     ids, places = _together(batches, pad_token_id)
     hidden_size = full.model.get_decoder().get_input_embeddings().weight.shape[1]
@@ -90,10 +87,6 @@ def sweep(
         _state_file(work_dir / f"missed-{run}.bin", shape, full.dtype)
         for run in range(len(submodel.dropped_runs()))
     ]
-
-    def streamed() -> AbstractContextManager[None]:
-        layers = range(submodel.num_layers)
-        return streaming(full.model, layers, full.mapped, dtype=full.dtype, device=device)
 
     full.model.eval()
     bridges = bridge_runs(
@@ -107,7 +100,7 @@ def sweep(
         states=states,
         corrected=settings.corrected,
         rows=len(batches[0].input_ids),
-        streamed=streamed,
+        streamed=full.streaming,
     )
     if not all(torch.isfinite(value).all() for bridge in bridges for value in bridge.values()):
         raise ModelError("a bridge could not be fitted: its values are not finite")
@@ -139,9 +132,7 @@ def _state_file(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> torch
         StorageError: the disk is full.
     """
     path.unlink(missing_ok=True)
-    count = 1
-    for size in shape:
-        count *= size
+    count = math.prod(shape)
     num_bytes = count * dtype.itemsize
     try:
         with path.open("wb") as file:  # written to past a full disk, a mapping kills the process

@@ -6,8 +6,7 @@ devices.
 
 import gc
 import time
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from transformers import PreTrainedTokenizerBase
 from fedpruner_client.memory import PeakMeter
 from fedpruner_client.model import (
     LocalTensor,
-    MappedModel,
     Skeleton,
     adapted_modules,
     add_adapter,
@@ -30,20 +28,18 @@ from fedpruner_client.model import (
     save_update,
 )
 from fedpruner_client.sweep import Corrections, sweep
-from fedpruner_client.train import TrainingResult, batches, dry_run, train
+from fedpruner_client.train import OnStep, TrainingResult, batches, dry_run, train
 from fedpruner_common import malloc
 from fedpruner_common.errors import OutOfMemory
 from fedpruner_common.modeling.bridges import load_bridges
 from fedpruner_common.modeling.data import (
     TokenSequence,
-    collate,
     load_sequences,
     load_tokenizer,
     pad_token_id,
 )
 from fedpruner_common.modeling.fitting import Tensors, install_bridges
-from fedpruner_common.modeling.probe import probe
-from fedpruner_common.modeling.streaming import streaming
+from fedpruner_common.modeling.probe import draw, probe
 from fedpruner_common.statistics import Granularity, Score, Statistics
 from fedpruner_common.submodel import Submodel
 from fedpruner_common.task import (
@@ -55,9 +51,6 @@ from fedpruner_common.task import (
 )
 from fedpruner_common.units import format_bytes
 
-OnStep = Callable[[int, float], None]
-
-_PROBE_ROWS = 4
 _TOKENIZER_SUFFIXES = (".json", ".jinja", ".model", ".txt")
 
 
@@ -196,23 +189,12 @@ class Workshop:
         )
         model = add_adapter(full.model, work.lora, work.adapter_path)
         rng = np.random.default_rng(work.seed)
-        order = rng.permutation(len(sequences))[: work.num_sequences]
-        chosen = [sequences[index] for index in order]
-        parts = [
-            collate(chosen[start : start + _PROBE_ROWS], pad_token_id=pad_token_id(tokenizer))
-            for start in range(0, len(chosen), _PROBE_ROWS)
-        ]
-        with streaming(
-            full.model,
-            range(work.num_layers),
-            full.mapped,
-            dtype=full.dtype,
-            device=self._device,
-        ):
+        drawn = draw(sequences, work.num_sequences, pad_token_id=pad_token_id(tokenizer), rng=rng)
+        with full.streaming():
             return probe(
                 model,
                 skeleton.anatomy,
-                parts,
+                drawn,
                 families=work.granularity.families,
                 score=work.score,
                 rng=rng,
@@ -245,13 +227,11 @@ class Workshop:
             device=self._device,
             streamed=range(work.submodel.num_layers),
         )
-        modules = adapted_modules(adapter)
-        lora = LoraSettings(work.lora.r, work.lora.lora_alpha, work.lora.lora_dropout, modules)
-        base = full.model
-        add_adapter(base, lora, adapter)  # in place
+        lora = replace(work.lora, target_modules=adapted_modules(adapter))
+        add_adapter(full.model, lora, adapter)  # in place
         fits_here = work.bridge.local or work.bridge.kind is BridgeKind.OFF
         return sweep(
-            MappedModel(base, full.mapped, full.dtype),
+            full,
             skeleton,
             work.submodel,
             batches(sequences, work.training, order=_order(work), pad_token_id=pad),
@@ -259,7 +239,6 @@ class Workshop:
             given=None if fits_here else self._given(work, skeleton),
             work_dir=work.work_dir,
             pad_token_id=pad,
-            device=self._device,
         )
 
     def _train(
@@ -293,16 +272,8 @@ class Workshop:
             if corrections:
                 corrections.select(installed, index)
 
-        block = (
-            streaming(
-                built.model, work.streamed, built.mapped, dtype=built.dtype, device=self._device
-            )
-            if work.streamed
-            else nullcontext()
-        )
-        with block:
-            if work.memory_budget_bytes is not None:
-                self._confirm(work, model, sequences, meter, pad)
+        with built.streaming():
+            self._confirm(work, model, sequences, meter, pad)
             result = train(
                 model,
                 sequences,

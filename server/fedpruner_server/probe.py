@@ -16,21 +16,13 @@ from torch import nn
 from fedpruner_common.errors import ModelError
 from fedpruner_common.modeling import probe as common
 from fedpruner_common.modeling.check import find_anatomy
-from fedpruner_common.modeling.data import (
-    Batch,
-    TokenSequence,
-    collate,
-    load_sequences,
-    load_tokenizer,
-    pad_token_id,
-)
+from fedpruner_common.modeling.data import load_sequences, load_tokenizer, pad_token_id
 from fedpruner_common.modeling.load import read_config
 from fedpruner_common.modeling.meta import decoder_layers
 from fedpruner_common.modeling.streaming import streaming
 from fedpruner_common.statistics import Granularity, Score, Statistics
 from fedpruner_server.model import load_full_model
 
-_BATCH_SIZE = 4
 _MAPS = Path("/proc/self/maps")
 
 
@@ -68,7 +60,12 @@ def probe(
     anatomy = find_anatomy(config)
     tokenizer = load_tokenizer(model_dir)
     sequences = load_sequences(calibration, tokenizer, max_seq_length=max_seq_length)
-    batches = _batches(sequences, num_sequences, pad_token_id(tokenizer), seed=seed)
+    batches = common.draw(
+        sequences,
+        num_sequences,
+        pad_token_id=pad_token_id(tokenizer),
+        rng=np.random.default_rng(seed),
+    )
     model = _load(model_dir, adapter_dir)
     with _streamed(model, model_dir):
         return common.probe(
@@ -93,17 +90,6 @@ def _load(model_dir: Path, adapter_dir: Path | None) -> Any:
         return PeftModel.from_pretrained(model, str(adapter_dir), is_trainable=True)
     except Exception as error:  # PEFT raises anything here
         raise ModelError(f"cannot load the adapter in {adapter_dir}: {error}") from error
-
-
-def _batches(
-    sequences: list[TokenSequence], num_sequences: int, pad: int, *, seed: int
-) -> list[Batch]:
-    order = np.random.default_rng(seed).permutation(len(sequences))[:num_sequences]
-    chosen = [sequences[index] for index in order]
-    return [
-        collate(chosen[start : start + _BATCH_SIZE], pad_token_id=pad)
-        for start in range(0, len(chosen), _BATCH_SIZE)
-    ]
 
 
 @contextmanager

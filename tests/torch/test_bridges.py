@@ -7,14 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from fedpruner_common.budget import bridge_bytes
 from fedpruner_common.errors import ModelError
-from fedpruner_common.modeling.bridges import (
-    Bridge,
-    Moments,
-    load_bridges,
-    num_bytes,
-    save_bridges,
-)
+from fedpruner_common.modeling.bridges import Bridge, Moments, load_bridges, save_bridges
 from fedpruner_common.task import BridgeKind
 
 D, TOKENS, RANK = 12, 90, 4
@@ -215,14 +210,14 @@ def test_eleven_runs_keep_their_order(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rank", [1, RANK, D + 3])
 @pytest.mark.parametrize("kind", [BridgeKind.SCALE, BridgeKind.LOWRANK, BridgeKind.FULL])
-def test_num_bytes_are_those_of_the_tensors(kind: BridgeKind, rank: int) -> None:
+def test_bridge_bytes_are_those_of_the_tensors(kind: BridgeKind, rank: int) -> None:
     tensors = moments(*data()).solve(kind, rank=rank)
     real = sum(value.nbytes for value in tensors.values())
-    assert num_bytes(kind, hidden_size=D, rank=rank) == real
+    assert bridge_bytes(kind, hidden_size=D, rank=rank) == real
 
 
 def test_no_bridge_takes_no_bytes() -> None:
-    assert num_bytes(BridgeKind.OFF, hidden_size=D, rank=RANK) == 0
+    assert bridge_bytes(BridgeKind.OFF, hidden_size=D, rank=RANK) == 0
 
 
 SCALE = torch.ones(1)

@@ -13,7 +13,17 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel, get_peft_model_state_dict
-from torch_support import CPU, PAD, TinyModel, components, difference, logits, module_at, random_ids
+from torch_support import (
+    CPU,
+    PAD,
+    TRAINING_SETTINGS,
+    TinyModel,
+    components,
+    difference,
+    logits,
+    module_at,
+    random_ids,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedpruner_client.model import add_adapter, save_update
@@ -23,7 +33,6 @@ from fedpruner_common.errors import ConfigError
 from fedpruner_common.modeling.data import TokenSequence
 from fedpruner_common.spec import ModelSpec
 from fedpruner_common.submodel import Submodel
-from fedpruner_common.task import LoraSettings, TrainingSettings
 from fedpruner_server.config import LoraOptions
 from fedpruner_server.core.aggregation import Array, ClientUpdate, aggregate, initial_adapter
 from fedpruner_server.export import export_peft, export_run, read_adapter, write_adapter
@@ -33,11 +42,7 @@ SUBMODELS = {
     "lower": Submodel.of(5, components("0.attention 0.ffn 1.attention 1.ffn 2.ffn")),
     "upper": Submodel.of(5, components("0.attention 0.ffn 2.ffn 3.attention 4.ffn")),
 }
-SETTINGS = TrainingSettings(
-    per_device_train_batch_size=4, gradient_accumulation_steps=1, max_steps=4, max_seq_length=16,
-    learning_rate=2e-2, weight_decay=0.0, max_grad_norm=1.0, gradient_checkpointing=False,
-    dtype="auto", seed=1,
-)  # fmt: skip
+SETTINGS = replace(TRAINING_SETTINGS, max_steps=4, learning_rate=2e-2)
 
 
 def client_round(
@@ -46,9 +51,8 @@ def client_round(
     """What one client sends back: trained for real, through its files."""
     names = tiny.spec.adapter_shapes(LORA.r, submodel.components)
     write_adapter({name: current[name] for name in names}, work_dir / "down.safetensors")
-    modules = tuple(t.module for t in tiny.spec.targets(submodel.components))
     model = add_adapter(
-        tiny.build(submodel), LoraSettings(4, 8, 0.0, modules), work_dir / "down.safetensors"
+        tiny.build(submodel), tiny.lora_settings(submodel), work_dir / "down.safetensors"
     )
     data = [TokenSequence.of(row, row) for row in random_ids(8, 16).tolist()]
     train(
@@ -175,13 +179,12 @@ def test_more_than_twenty_target_modules_do_not_spread_to_others(
 
 def test_twenty_target_modules_of_an_agent_stay_those(llama: TinyModel, tmp_path: Path) -> None:
     submodel = Submodel.of(5, [c for c in all_components(5) if c.layer != 2])
-    modules = tuple(t.module for t in llama.spec.targets(submodel.components))
+    lora = llama.lora_settings(submodel)
+    modules = lora.target_modules
     assert len(modules) == 28
     shapes = llama.spec.adapter_shapes(LORA.r, submodel.components)
     write_adapter(initial_adapter(shapes, seed=0), tmp_path / "a.safetensors")
-    model = add_adapter(
-        llama.build(submodel), LoraSettings(4, 8, 0.0, modules), tmp_path / "a.safetensors"
-    )
+    model = add_adapter(llama.build(submodel), lora, tmp_path / "a.safetensors")
     assert lora_modules(model) == {f"base_model.model.{m}" for m in modules}
 
     # Negative control, and why the server writes names of its own: PEFT's own saving shortens

@@ -26,12 +26,7 @@ from torch_support import (
 
 from fedpruner_common.components import Kind
 from fedpruner_common.modeling.bridges import Bridge, Moments
-from fedpruner_common.modeling.fitting import (
-    Tensors,
-    allocate_states,
-    bridge_runs,
-    install_bridges,
-)
+from fedpruner_common.modeling.fitting import Tensors, bridge_runs, install_bridges
 from fedpruner_common.modeling.streaming import streaming
 from fedpruner_common.modeling.stubs import skipping
 from fedpruner_common.submodel import Submodel
@@ -72,7 +67,7 @@ def fit(
     **arguments: Any,
 ) -> Fit:
     shape = (*ids.shape, model.get_input_embeddings().weight.shape[1])
-    states = list(allocate_states(submodel, shape, dtype).values())
+    states = [torch.empty(shape, dtype=dtype) for _ in submodel.dropped_runs()]
     bridges = bridge_runs(
         model, tiny.skeleton.anatomy, submodel, ids, kind=kind, rank=4, given=given,
         states=states, corrected=corrected, rows=rows, **arguments,
@@ -123,6 +118,14 @@ def test_as_many_sequences_as_tokens_are_no_trap(tiny: TinyModel) -> None:
     expected = logits(model, ids)
     with bridged(model, tiny, submodel, fitted):
         assert difference(logits(model, ids), expected) < 1e-5
+
+
+def test_every_kind_of_bridge_is_where_the_model_computes(llama: TinyModel) -> None:
+    submodel = submodel_without(5, PLANS["whole layers"])
+    model = llama.build(submodel).to("meta")  # stands for a GPU
+    given: list[Tensors] = [{"scale": torch.ones(1)}, {}]
+    installed = install_bridges(model, llama.skeleton.anatomy, submodel, given)
+    assert [b.device.type for bridge in installed for b in bridge.buffers()] == ["meta", "meta"]
 
 
 def test_corrections_of_padded_sequences_hold_for_their_real_tokens(tiny: TinyModel) -> None:

@@ -279,9 +279,10 @@ def test_least_squares_go_down_as_with_adamw() -> None:
 
         curves[settings.optim] = torch.tensor(curve([solution], settings, loss_of, 300))
     exact, found = curves["adamw"], curves["adamw_8bit"]
-    print(exact[::20], (found / exact - 1).abs().max())
     assert exact[-1] < exact[0] / 100
-    assert (found / exact - 1).abs().max() < 0.05
+    # 6 % behind where the loss halves every few steps, and level in the end.
+    assert (found / exact - 1).abs().max() < 0.08
+    assert abs(found[-1] / exact[-1] - 1) < 0.01
 
 
 @pytest.fixture(scope="module")
@@ -314,6 +315,5 @@ def test_the_adapter_of_a_language_model_learns_as_with_adamw(toy: LlamaForCausa
         settings = replace(SETTINGS, optim=optim, learning_rate=1e-3, weight_decay=0.01)
         curves[optim] = torch.tensor(curve(parameters, settings, loss_of, 30))
     exact, found = curves["adamw"], curves["adamw_8bit"]
-    print(exact[::5], (found / exact - 1).abs().max(), found[::5])
     assert exact[-1] < exact[0] / 2
-    assert (found / exact - 1).abs().max() < 0.05
+    assert (found / exact - 1).abs().max() < 0.02

@@ -10,30 +10,27 @@ import pytest
 import torch
 from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file, save_file
-from torch_support import CPU, PAD, TinyModel, components, difference, random_ids
+from torch_support import (
+    CPU,
+    PAD,
+    TRAINING_SETTINGS,
+    R,
+    TinyModel,
+    components,
+    difference,
+    random_ids,
+)
 
 from fedpruner_client.model import add_adapter, save_update
 from fedpruner_client.train import TrainingResult, _Proximal, batches, train
 from fedpruner_common.errors import CorruptChunk, FedPrunerError
 from fedpruner_common.modeling.data import IGNORED, TokenSequence
 from fedpruner_common.submodel import Submodel
-from fedpruner_common.task import LoraSettings, TrainingSettings
+from fedpruner_common.task import TrainingSettings
 from fedpruner_server.core.aggregation import initial_adapter
 from fedpruner_server.export import read_adapter, write_adapter
 
-R = 4
-SETTINGS = TrainingSettings(
-    per_device_train_batch_size=4,
-    gradient_accumulation_steps=1,
-    max_steps=3,
-    max_seq_length=16,
-    learning_rate=5e-3,
-    weight_decay=0.0,
-    max_grad_norm=1.0,
-    gradient_checkpointing=False,
-    dtype="auto",
-    seed=1,
-)
+SETTINGS = TRAINING_SETTINGS
 HALVES = Submodel.of(5, components("0.ffn 1.attention 1.ffn 2.attention 4.ffn"))
 EQUAL = [TokenSequence.of(row, row) for row in random_ids(12, 16).tolist()]
 # Of different lengths, and with loss on the last part only: 14, 12, ... tokens with loss.
@@ -41,11 +38,6 @@ UNEQUAL = [
     TokenSequence.of(row[: 16 - n], [IGNORED] * (n + 1) + row[n + 1 : 16 - n])
     for n, row in zip([0, 1, 2, 3, 4, 5] * 2, random_ids(12, 16, seed=2).tolist(), strict=True)
 ]
-
-
-def lora_settings(tiny: TinyModel, submodel: Submodel) -> LoraSettings:
-    modules = tuple(t.module for t in tiny.spec.targets(submodel.components))
-    return LoraSettings(r=R, lora_alpha=8, lora_dropout=0.0, target_modules=modules)
 
 
 @pytest.fixture
@@ -57,7 +49,7 @@ def adapted(tmp_path: Path) -> Callable[..., Any]:
         write_adapter(
             initial_adapter(tiny.spec.adapter_shapes(R, submodel.components), seed=7), path
         )
-        return add_adapter(tiny.build(submodel), lora_settings(tiny, submodel), path)
+        return add_adapter(tiny.build(submodel), tiny.lora_settings(submodel), path)
 
     return make
 
@@ -362,7 +354,7 @@ def test_the_adapters_values_arrive_in_the_submodel(llama: TinyModel, tmp_path: 
         )
     }
     write_adapter(values, path)
-    model = add_adapter(llama.build(HALVES), lora_settings(llama, HALVES), path)
+    model = add_adapter(llama.build(HALVES), llama.lora_settings(HALVES), path)
     arrived = {
         n.removeprefix("base_model.model.").removesuffix(".default.weight"): p.unique().tolist()
         for n, p in model.named_parameters()
@@ -377,7 +369,7 @@ def test_the_adapter_is_where_the_model_computes_even_if_its_layers_rest_elsewhe
     adapted(llama)  # leaves its adapter in the folder
     base = llama.build(HALVES)
     base.get_input_embeddings().to("meta")  # stands for a GPU; streamed layers rest on the CPU
-    model = add_adapter(base, lora_settings(llama, HALVES), tmp_path / "adapter.safetensors")
+    model = add_adapter(base, llama.lora_settings(HALVES), tmp_path / "adapter.safetensors")
     devices = {n: p.device.type for n, p in model.named_parameters() if "layers" in n}
     assert {device for n, device in devices.items() if "lora_" in n} == {"meta"}
     assert {device for n, device in devices.items() if "lora_" not in n} == {"cpu"}
@@ -404,7 +396,7 @@ def test_an_update_of_a_bfloat16_submodel_is_float32(
     adapted(llama)  # leaves its adapter in the folder
     model = add_adapter(
         llama.build(HALVES).to(torch.bfloat16),
-        lora_settings(llama, HALVES),
+        llama.lora_settings(HALVES),
         tmp_path / "adapter.safetensors",
     )
     run(model)
@@ -433,7 +425,7 @@ def test_an_adapter_that_does_not_fit_is_a_corrupt_chunk(
         tensors[name] = value.T.contiguous()
     save_file(tensors, path)
     with pytest.raises(CorruptChunk):
-        add_adapter(llama.build(HALVES), lora_settings(llama, HALVES), path)
+        add_adapter(llama.build(HALVES), llama.lora_settings(HALVES), path)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not safetensors at all"])
@@ -444,4 +436,4 @@ def test_an_adapter_that_cannot_be_read_is_a_corrupt_chunk(
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(CorruptChunk, match="cannot be read"):
-        add_adapter(llama.build(HALVES), lora_settings(llama, HALVES), path)
+        add_adapter(llama.build(HALVES), llama.lora_settings(HALVES), path)

@@ -2,21 +2,21 @@
 
 import os
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import transformers
-from torch_support import Architecture, TinyModel
+from torch_support import TRAINING_SETTINGS, Architecture, TinyModel
 
 from fedpruner_common.budget import predicted_peak_bytes
 from fedpruner_common.child import Child
 from fedpruner_common.components import ComponentId, all_components
 from fedpruner_common.errors import ChildDied, DataError
 from fedpruner_common.submodel import Submodel
-from fedpruner_common.task import BridgeKind, BridgeSettings, TrainingSettings
+from fedpruner_common.task import BridgeKind, BridgeSettings
 from fedpruner_server.config import LoraOptions, TrainingOptions
 from fedpruner_server.core.aggregation import initial_adapter
 from fedpruner_server.export import read_adapter, write_adapter
@@ -71,10 +71,9 @@ def arguments(
     seq_len: int = SEQ_LEN,
 ) -> dict[str, Any]:
     """A task as `trainer` words it, with its adapter written."""
-    settings = TrainingSettings(
-        per_device_train_batch_size=batch, gradient_accumulation_steps=1, max_steps=max_steps,
-        max_seq_length=seq_len, learning_rate=1e-3, weight_decay=0.0, max_grad_norm=1.0,
-        gradient_checkpointing=False, dtype="auto", seed=0,
+    settings = replace(
+        TRAINING_SETTINGS, per_device_train_batch_size=batch, max_steps=max_steps,
+        max_seq_length=seq_len, learning_rate=1e-3, seed=0,
     )  # fmt: skip
     submodel = Submodel.of(NUM_LAYERS, components)
     shapes = tiny.spec.adapter_shapes(LORA.r, submodel.components)

@@ -16,11 +16,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch_support import (
+    ALPHA,
     ARCHITECTURES,
     BOTH,
     CPU,
     FFN,
     PAD,
+    TRAINING_SETTINGS,
+    R,
     TinyModel,
     make_tokenizer,
     module_at,
@@ -37,28 +40,10 @@ from fedpruner_common.modeling.data import Batch, load_sequences
 from fedpruner_common.modeling.fitting import bridge_runs, install_bridges
 from fedpruner_common.modeling.stubs import skipping
 from fedpruner_common.submodel import Submodel
-from fedpruner_common.task import (
-    BridgeKind,
-    BridgeSettings,
-    LoraSettings,
-    TrainingSettings,
-    UpdateMetrics,
-)
+from fedpruner_common.task import BridgeKind, BridgeSettings, TrainingSettings, UpdateMetrics
 from fedpruner_server.export import read_adapter, write_adapter
 
-R, ALPHA = 4, 8
-SETTINGS = TrainingSettings(
-    per_device_train_batch_size=2,
-    gradient_accumulation_steps=1,
-    max_steps=3,
-    max_seq_length=64,
-    learning_rate=5e-3,
-    weight_decay=0.0,
-    max_grad_norm=1.0,
-    gradient_checkpointing=False,
-    dtype="auto",
-    seed=1,
-)
+SETTINGS = replace(TRAINING_SETTINGS, per_device_train_batch_size=2, max_seq_length=64)
 FIXED = replace(SETTINGS, learning_rate=0.0)  # every step's loss is that of the first adapter
 DROPPED = {0: frozenset({FFN}), 2: BOTH, 3: BOTH}
 PRUNED = submodel_without(5, DROPPED)
@@ -122,11 +107,10 @@ def work_for(tmp_path: Path) -> Callable[..., Work]:
             save_bridges(bridges, tmp_path / "bridges.safetensors")
         names = tiny.spec.tensor_names(submodel)
         others = tuple(set(tiny.infos) - set(names)) if bridge.sweeps else ()
-        modules = tuple(t.module for t in tiny.spec.targets(submodel.components))
         return Work(
             client_id="device-1",
             submodel=submodel,
-            lora=LoraSettings(R, ALPHA, 0.0, modules),
+            lora=tiny.lora_settings(submodel),
             training=training,
             bridge=bridge,
             streamed=streamed,

@@ -24,6 +24,7 @@ from fedpruner_common.components import ComponentId, Kind, all_components
 from fedpruner_common.manifest import TensorInfo
 from fedpruner_common.spec import ModelSpec
 from fedpruner_common.submodel import Submodel
+from fedpruner_common.task import LoraSettings, TrainingSettings
 from fedpruner_server.config import LoraOptions, TrainingOptions
 from fedpruner_server.describe import describe
 
@@ -180,6 +181,12 @@ def tensor_infos(model_dir: Path) -> dict[str, TensorInfo]:
 
 
 TRAINING = TrainingOptions(per_device_train_batch_size=2, max_seq_length=16)
+TRAINING_SETTINGS = TrainingSettings(
+    per_device_train_batch_size=4, gradient_accumulation_steps=1, max_steps=3, max_seq_length=16,
+    learning_rate=5e-3, weight_decay=0.0, max_grad_norm=1.0, gradient_checkpointing=False,
+    dtype="auto", seed=1,
+)  # fmt: skip
+R, ALPHA = 4, 8
 
 
 class TinyModel:
@@ -226,7 +233,7 @@ class TinyModel:
     def describe(
         self, lora: LoraOptions | None = None, training: TrainingOptions = TRAINING
     ) -> ModelSpec:
-        lora = lora or LoraOptions(r=4, lora_alpha=8)
+        lora = lora or LoraOptions(r=R, lora_alpha=ALPHA)
         return describe(self.path, self.infos, lora=lora, training=training)
 
     @cached_property
@@ -236,6 +243,11 @@ class TinyModel:
     @cached_property
     def skeleton(self) -> Skeleton:
         return Skeleton.read(self.path)
+
+    def lora_settings(self, submodel: Submodel) -> LoraSettings:
+        """For all modules of a submodel, without dropout."""
+        modules = tuple(target.module for target in self.spec.targets(submodel.components))
+        return LoraSettings(R, ALPHA, 0.0, modules)
 
     def local_tensors(self, names: tuple[str, ...]) -> list[LocalTensor]:
         return [LocalTensor(self.infos[name], self.raw(name)) for name in names]

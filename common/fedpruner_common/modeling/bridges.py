@@ -141,17 +141,6 @@ class Moments:
         return {"down": down.float().contiguous(), "up": up.float().contiguous(), "bias": bias}
 
 
-def num_bytes(kind: BridgeKind, *, hidden_size: int, rank: int) -> int:
-    """Bytes of one bridge's tensors."""
-    numbers = {
-        BridgeKind.OFF: 0,
-        BridgeKind.SCALE: 1,
-        BridgeKind.LOWRANK: 2 * hidden_size * min(rank, hidden_size) + hidden_size,
-        BridgeKind.FULL: hidden_size * hidden_size + hidden_size,
-    }
-    return 4 * numbers[kind]
-
-
 def save_bridges(bridges: Sequence[Mapping[str, torch.Tensor]], path: Path) -> None:
     """Write the bridges of a submodel, in the order of its dropped runs."""
     tensors = {

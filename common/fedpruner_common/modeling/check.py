@@ -1,17 +1,12 @@
 """Proof that a traced anatomy is right, before anything relies on it."""
 
-import copy
-import inspect
-
 import torch
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from fedpruner_common.components import Kind
 from fedpruner_common.errors import ModelError
 from fedpruner_common.modeling.anatomy import LayerAnatomy, trace_anatomy
 from fedpruner_common.modeling.meta import decoder_layers, meta_model
-from fedpruner_common.modeling.stubs import stub_halves
+from fedpruner_common.modeling.stubs import bare_layer, run_bare
 
 
 def find_anatomy(config: PreTrainedConfig) -> list[LayerAnatomy]:
@@ -41,22 +36,14 @@ def check(model: PreTrainedModel, anatomy: list[LayerAnatomy]) -> None:
             raise ModelError(
                 f"{name} adds the residual inside a block and can't be pruned by halves"
             )
-        bare = copy.deepcopy(layer).eval()
-        stub_halves(bare, parts, frozenset(Kind), index=None)
+        bare = bare_layer(layer, parts)
         left = [parameter for parameter, _ in bare.named_parameters()]
         if left:
             raise ModelError(f"{name} has parameters outside both halves: {', '.join(left)}")
         x = torch.randn(2, 3, hidden_size)
         try:
-            y = bare(x, **_required_arguments(layer))
+            y = run_bare(bare, x)
         except Exception as error:
             raise ModelError(f"{name} can't run without its blocks: {error}") from error
-        y = y[0] if isinstance(y, tuple) else y
         if not torch.equal(x, y):
             raise ModelError(f"{name} without its blocks is not the identity")
-
-
-def _required_arguments(layer: nn.Module) -> dict[str, None]:
-    parameters = list(inspect.signature(type(layer).forward).parameters.values())[2:]
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return {p.name: None for p in parameters if p.default is p.empty and p.kind in kinds}

@@ -14,10 +14,10 @@ run responds to changes.
 Source: METHOD.md 2.5 of the project's notes; the correction is ours.
 """
 
-import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,18 +26,29 @@ from torch import nn
 from fedpruner_common.components import ComponentId, Kind
 from fedpruner_common.modeling.anatomy import LayerAnatomy
 from fedpruner_common.modeling.bridges import Bridge, Moments
+from fedpruner_common.modeling.forwards import (
+    Beside,
+    Compute,
+    Forward,
+    as_forward,
+    replaced_forwards,
+    split_output,
+)
 from fedpruner_common.modeling.meta import decoder_layers
-from fedpruner_common.modeling.stubs import SkippedLayer, ZeroStub, skipping, stub_halves
+from fedpruner_common.modeling.stubs import (
+    SkippedLayer,
+    ZeroStub,
+    bare_layer,
+    run_bare,
+    skipping,
+)
+from fedpruner_common.modeling.sweep import device_of
 from fedpruner_common.submodel import Submodel
 from fedpruner_common.task import BridgeKind
 
 Tensors = dict[str, torch.Tensor]
 Streamed = Callable[[], AbstractContextManager[None]]
-
-
-def allocate_states(submodel: Submodel, shape: tuple[int, ...], dtype: torch.dtype) -> Tensors:
-    """Room for the hidden states behind every dropped run, by the run's index."""
-    return {str(i): torch.empty(shape, dtype=dtype) for i in range(len(submodel.dropped_runs()))}
+Settle = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # see `_Fitting.settle`
 
 
 def bridge_runs(
@@ -73,13 +84,8 @@ def bridge_runs(
         Each run's bridge tensors, empty for `kind` off.
     """
     runs = submodel.dropped_runs()
-    ends = {_cut_behind(run[-1]): index for index, run in enumerate(runs)}
-
-    def keep(cut: int, hidden: torch.Tensor) -> None:
-        if cut in ends:
-            states[ends[cut]].copy_(hidden)
-
-    with torch.no_grad(), _sweeping(model, anatomy, frozenset(ends), keep, rows), streamed():
+    behind = {run[-1]: state for run, state in zip(runs, states, strict=True)}
+    with torch.no_grad(), _noting(model, anatomy, behind, rows), streamed():
         _run(model, input_ids)
     fitting = _Fitting(kind, rank, given, states, corrected)
     with (
@@ -99,17 +105,14 @@ def install_bridges(
     bridges: Sequence[Mapping[str, torch.Tensor]],
 ) -> list[Bridge]:
     """Put bridges into a submodel's stubs, in the order of its dropped runs."""
-    layers = decoder_layers(model)
-    device = next(model.parameters()).device
+    layers, device = decoder_layers(model), device_of(model)
     installed = []
     for run, tensors in zip(submodel.dropped_runs(), bridges, strict=True):
         first = run[0]
-        stub = _stub_of(layers[first.layer], anatomy[first.layer], first)
-        gain = 1.0
-        if isinstance(stub, ZeroStub):
-            gain = _gain(layers[first.layer], anatomy[first.layer], first.kind)
-        stub.bridge = Bridge(tensors, gain=gain).to(device) if tensors else Offset(gain)
-        installed.append(stub.bridge)
+        layer, parts = layers[first.layer], anatomy[first.layer]
+        bridge = _bridge_of(tensors, gain=_gain(layer, parts, first.kind)).to(device)
+        _stub_of(layer, parts, first.kind).bridge = bridge
+        installed.append(bridge)
     return installed
 
 
@@ -123,15 +126,14 @@ class Offset(Bridge):
         return torch.zeros_like(hidden)
 
 
-def _cut_behind(component: ComponentId) -> int:
-    """Index of the place behind a component in the residual stream; 2 l is in front of layer l."""
-    return 2 * component.layer + (1 if component.kind is Kind.ATTENTION else 2)
+def _bridge_of(tensors: Mapping[str, torch.Tensor], *, gain: float = 1.0) -> Bridge:
+    return Bridge(tensors, gain=gain) if tensors else Offset(gain)
 
 
-def _stub_of(layer: nn.Module, parts: LayerAnatomy, first: ComponentId) -> ZeroStub | SkippedLayer:
+def _stub_of(layer: nn.Module, parts: LayerAnatomy, kind: Kind) -> ZeroStub | SkippedLayer:
     if isinstance(layer, SkippedLayer):
         return layer
-    half = parts.halves[first.kind]
+    half = parts.halves[kind]
     stub = getattr(layer, next(child for child in half.core if child not in half.links))
     assert isinstance(stub, ZeroStub)
     return stub
@@ -139,58 +141,27 @@ def _stub_of(layer: nn.Module, parts: LayerAnatomy, first: ComponentId) -> ZeroS
 
 def _gain(layer: nn.Module, parts: LayerAnatomy, kind: Kind) -> float:
     """What a layer multiplies a block's output with before it adds it to the residual stream."""
-    weightless: dict[int, Any] = {
-        id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
-        for p in layer.parameters()
-    }
-    bare = copy.deepcopy(layer, weightless).eval()
-    stub_halves(bare, parts, frozenset(Kind), index=None)
-    one = Bridge({"scale": torch.ones(1)})
-    _stub_of(bare, parts, ComponentId(0, kind)).bridge = one
+    if isinstance(layer, SkippedLayer):
+        return 1.0
+    bare = bare_layer(layer, parts)
+    _stub_of(bare, parts, kind).bridge = Bridge({"scale": torch.ones(1)})
     x = torch.ones(1, 1, 4)
-    y = bare(x, **_absent_arguments(layer))
-    y = y[0] if isinstance(y, tuple) else y
-    return float((y - x).mean())
-
-
-def _absent_arguments(layer: nn.Module) -> dict[str, None]:
-    import inspect
-
-    parameters = list(inspect.signature(type(layer).forward).parameters.values())[2:]
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return {p.name: None for p in parameters if p.default is p.empty and p.kind in kinds}
+    return float((run_bare(bare, x) - x).mean())
 
 
 # A sweep: the model's own forward, with every layer going through its sequences in turns.
 
 
 def _run(model: Any, input_ids: torch.Tensor) -> None:
-    decoder = model.get_decoder()
-    device = decoder.get_input_embeddings().weight.device
-    decoder(input_ids=input_ids.to(device), use_cache=False)
+    model.get_decoder()(input_ids=input_ids.to(device_of(model)), use_cache=False)
 
 
-@contextmanager
-def _replaced_forwards(layers: nn.ModuleList, forwards: Sequence[Any]) -> Iterator[None]:
-    try:
-        for layer, forward in zip(layers, forwards, strict=True):
-            layer.__dict__["forward"] = forward
-        yield
-    finally:
-        for layer in layers:
-            layer.__dict__.pop("forward", None)
+def _in_turns(forward: Forward, rows: int) -> Compute:
+    """What `forward` makes of all sequences, taking a few at a time."""
 
-
-def _in_turns(
-    forward: Callable[..., Any], rows: int
-) -> Callable[..., tuple[torch.Tensor, tuple[Any, ...] | None]]:
-    """A layer's forward that takes a few sequences at a time.
-
-    Returns the hidden states of all, and for layers that return tuples what else they returned.
-    """
-
-    def run(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        total, output, rest = len(hidden), torch.empty_like(hidden), None
+    def compute(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Beside]:
+        total, output = len(hidden), torch.empty_like(hidden)
+        beside: Beside = None
         for start in range(0, total, rows):
             part = slice(start, min(start + rows, total))
             result = forward(
@@ -198,12 +169,10 @@ def _in_turns(
                 *(_rows_of(value, part, total) for value in args),
                 **{name: _rows_of(value, part, total) for name, value in kwargs.items()},
             )
-            if isinstance(result, tuple):
-                result, rest = result[0], result[1:]
-            output[part] = result
-        return output, rest
+            output[part], beside = split_output(result)
+        return output, beside
 
-    return run
+    return compute
 
 
 def _rows_of(value: Any, part: slice, total: int) -> Any:
@@ -214,43 +183,32 @@ def _rows_of(value: Any, part: slice, total: int) -> Any:
     return value
 
 
-def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, Any, Any]:
-    if args:
-        return args[0], args[1:], kwargs
-    return kwargs["hidden_states"], (), {k: v for k, v in kwargs.items() if k != "hidden_states"}
-
-
-@contextmanager
-def _sweeping(
+def _noting(
     model: nn.Module,
     anatomy: list[LayerAnatomy],
-    cuts: frozenset[int],
-    on_cut: Callable[[int, torch.Tensor], None],
+    behind: Mapping[ComponentId, torch.Tensor],
     rows: int,
-) -> Iterator[None]:
-    """The full model, telling `on_cut` the hidden states at some places of the residual stream."""
-    layers = decoder_layers(model)
+) -> AbstractContextManager[None]:
+    """The full model, writing down the hidden states behind some components."""
 
-    def wrap(index: int, layer: nn.Module) -> Any:
+    def noting(index: int, layer: nn.Module) -> Forward:
         in_turns = _in_turns(layer.forward, rows)
-        middle, end = 2 * index + 1, 2 * index + 2
+        attention, ffn = ComponentId(index, Kind.ATTENTION), ComponentId(index, Kind.FFN)
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            hidden, args, kwargs = _split(args, kwargs)
-            if middle in cuts:
+        def compute(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Beside]:
+            if attention in behind:
                 # The layer without its ffn ends where its attention does, in any architecture.
                 with skipping(model, anatomy, {index: frozenset({Kind.FFN})}):
-                    on_cut(middle, in_turns(hidden, *args, **kwargs)[0])
-            output, rest = in_turns(hidden, *args, **kwargs)
-            if end in cuts:
-                on_cut(end, output)
-            return output if rest is None else (output, *rest)
+                    behind[attention].copy_(in_turns(hidden, *args, **kwargs)[0])
+            output, beside = in_turns(hidden, *args, **kwargs)
+            if ffn in behind:
+                behind[ffn].copy_(output)
+            return output, beside
 
-        return forward
+        return as_forward(compute)
 
-    forwards = [wrap(index, layer) for index, layer in enumerate(layers)]
-    with _replaced_forwards(layers, forwards):
-        yield
+    layers = enumerate(decoder_layers(model))
+    return replaced_forwards({layer: noting(index, layer) for index, layer in layers})
 
 
 @dataclass
@@ -275,7 +233,7 @@ class _Fitting:
             residual: what is added to; the same as `seen` unless a norm stands in between.
         """
         states = self.states[run]
-        bridge = self._bridge(run, seen, residual)
+        bridge = self._fitted(run, seen, residual)
         added = torch.empty_like(residual)
         for row in range(len(seen)):  # a second copy of all hidden states would be the largest
             added[row] = bridge.estimate(seen[row])
@@ -285,7 +243,7 @@ class _Fitting:
                 states[row].copy_(missed)
         return added
 
-    def _bridge(self, run: int, seen: torch.Tensor, residual: torch.Tensor) -> Bridge:
+    def _fitted(self, run: int, seen: torch.Tensor, residual: torch.Tensor) -> Bridge:
         if self.given is not None:
             self.bridges[run] = dict(self.given[run])
         elif self.kind is not BridgeKind.OFF:
@@ -293,89 +251,73 @@ class _Fitting:
             for x, target, reached in zip(seen, self.states[run], residual, strict=True):
                 moments.add(x, target.to(reached.device) - reached)
             self.bridges[run] = moments.solve(self.kind, rank=self.rank)
-        tensors = self.bridges[run]
-        return Bridge(tensors).to(seen.device) if tensors else Offset()
+        return _bridge_of(self.bridges[run]).to(seen.device)
 
 
-@contextmanager
 def _bridging(
     model: nn.Module,
     anatomy: list[LayerAnatomy],
     runs: Sequence[Sequence[ComponentId]],
     fitting: _Fitting,
     rows: int,
-) -> Iterator[None]:
-    """The submodel, fitting the bridge of every dropped run when the sweep gets there."""
+) -> AbstractContextManager[None]:
+    """The submodel, fitting the bridge of every dropped run when the sweep gets there.
+
+    Of a whole layer it is the stub's bridge that does so, and stays for as long as the stub does.
+    """
     layers = decoder_layers(model)
-    starts = {run[0].layer: (index, run[0]) for index, run in enumerate(runs)}
-
-    def wrap(index: int, layer: nn.Module) -> Any:
-        if isinstance(layer, SkippedLayer):
-            return _bridge_layer(layer, starts.get(index), fitting)
-        in_turns = _in_turns(layer.forward, rows)
-        if index not in starts:
-            return _as_layer(in_turns)
-        run, first = starts[index]
-        stub = _stub_of(layer, anatomy[index], first)
-        gain = _gain(layer, anatomy[index], first.kind)
-        return _bridge_half(in_turns, stub, run, first.kind, fitting, gain, rows)
-
-    forwards = [wrap(index, layer) for index, layer in enumerate(layers)]
-    with _replaced_forwards(layers, forwards):
-        yield
-
-
-def _as_layer(in_turns: Callable[..., Any]) -> Callable[..., Any]:
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        hidden, args, kwargs = _split(args, kwargs)
-        output, rest = in_turns(hidden, *args, **kwargs)
-        return output if rest is None else (output, *rest)
-
-    return forward
-
-
-def _bridge_layer(
-    layer: SkippedLayer, start: tuple[int, ComponentId] | None, fitting: _Fitting
-) -> Callable[..., Any]:
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        hidden, args, kwargs = _split(args, kwargs)
-        if start is not None:
-            hidden = hidden + fitting.settle(start[0], hidden, hidden)
-        return (hidden,) + (None,) * (layer.returns - 1) if layer.returns else hidden
-
-    return forward
+    computes = {
+        layer: _in_turns(layer.forward, rows)
+        for layer in layers
+        if not isinstance(layer, SkippedLayer)
+    }
+    for number, run in enumerate(runs):
+        layer, parts, kind = layers[run[0].layer], anatomy[run[0].layer], run[0].kind
+        stub, settle = _stub_of(layer, parts, kind), partial(fitting.settle, number)
+        if isinstance(stub, SkippedLayer):
+            stub.bridge = _Settled(settle)
+        else:
+            gain = _gain(layer, parts, kind)
+            computes[layer] = _bridge_half(computes[layer], stub, kind, settle, gain, rows)
+    return replaced_forwards({layer: as_forward(compute) for layer, compute in computes.items()})
 
 
 def _bridge_half(
-    in_turns: Callable[..., Any],
-    stub: ZeroStub | SkippedLayer,
-    run: int,
+    in_turns: Compute,
+    stub: ZeroStub,
     kind: Kind,
-    fitting: _Fitting,
+    settle: Settle,
     gain: float,
     rows: int,
-) -> Callable[..., Any]:
+) -> Compute:
     """A layer of which one half was dropped and begins a run."""
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        hidden, args, kwargs = _split(args, kwargs)
-        seen = _Listener()
-        stub.bridge = seen
-        try:
-            without, rest = in_turns(hidden, *args, **kwargs)
-            # An ffn is the last to add to the stream; behind a dropped attention the ffn follows.
-            residual = without if kind is Kind.FFN else hidden
-            added = fitting.settle(run, torch.cat(seen.inputs).view_as(hidden), residual)
-            if kind is Kind.FFN:
-                output = without + added
-            else:
-                stub.bridge = _Recital(torch.split(added / gain, rows))
-                output, rest = in_turns(hidden, *args, **kwargs)
-        finally:
-            stub.bridge = None
-        return output if rest is None else (output, *rest)
+    def compute(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Beside]:
+        stub.bridge = listener = _Listener()
+        output, beside = in_turns(hidden, *args, **kwargs)
+        # An ffn is the last to add to the stream; behind a dropped attention the ffn follows.
+        residual = output if kind is Kind.FFN else hidden
+        added = settle(torch.cat(listener.inputs).view_as(hidden), residual)
+        if kind is Kind.FFN:
+            output += added
+        else:
+            stub.bridge = _Recital(torch.split(added / gain, rows))
+            output, beside = in_turns(hidden, *args, **kwargs)
+        stub.bridge = None
+        return output, beside
 
-    return forward
+    return compute
+
+
+class _Settled(nn.Module):
+    """Adds what settles a run that begins with a whole layer."""
+
+    def __init__(self, settle: Settle) -> None:
+        super().__init__()
+        self._settle = settle
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self._settle(hidden, hidden)
 
 
 class _Listener(nn.Module):

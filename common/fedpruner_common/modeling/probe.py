@@ -18,17 +18,34 @@ from torch import nn
 
 from fedpruner_common.components import Kind
 from fedpruner_common.modeling.anatomy import LayerAnatomy
-from fedpruner_common.modeling.data import Batch
+from fedpruner_common.modeling.data import Batch, TokenSequence, collate
 from fedpruner_common.modeling.scores import Importance, fisher, gate_taylor, wnorm
 from fedpruner_common.modeling.streaming import bytes_read
 from fedpruner_common.modeling.sweep import Contributions, Item, sweep
 from fedpruner_common.similarity import CkaAccumulator, Matrix, gram
 from fedpruner_common.statistics import Family, FamilyStatistics, ProbeCost, Score, Statistics
 
+_ROWS = 4
 _TOKENS_PER_GRAM = 256
 # The first tokens of a sequence have outputs unlike all others (attention sinks).
 _SKIPPED_POSITIONS = 4
 _STREAM_BYTES = 256 << 20
+
+
+def draw(
+    sequences: Sequence[TokenSequence],
+    num_sequences: int,
+    *,
+    pad_token_id: int,
+    rng: np.random.Generator,
+) -> list[Batch]:
+    """Batches of so many sequences, chosen by `rng`; of all of them where there are no more."""
+    order = rng.permutation(len(sequences))[:num_sequences]
+    chosen = [sequences[index] for index in order]
+    return [
+        collate(chosen[start : start + _ROWS], pad_token_id=pad_token_id)
+        for start in range(0, len(chosen), _ROWS)
+    ]
 
 
 def probe(

@@ -8,6 +8,7 @@ Source: METHOD.md 2.2 of the project's notes.
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,9 +18,10 @@ from fedpruner_common.components import Kind
 from fedpruner_common.errors import ModelError
 from fedpruner_common.modeling.anatomy import LayerAnatomy
 from fedpruner_common.modeling.data import Batch
+from fedpruner_common.modeling.forwards import hidden_of, split_call
 from fedpruner_common.modeling.meta import decoder_layers
 from fedpruner_common.modeling.streaming import holding
-from fedpruner_common.modeling.sweep import device_of, hidden_of, outlets
+from fedpruner_common.modeling.sweep import device_of, outlets
 from fedpruner_common.statistics import Family
 
 Importance = dict[Family, tuple[float, ...]]
@@ -64,7 +66,7 @@ def fisher(
         ModelError: an item has no LoRA that can be trained.
     """
     tensors = {
-        (family, index): _lora(layer, anatomy[index], family)
+        (family, index): _trained_lora(layer, anatomy[index], family)
         for family in families
         for index, layer in enumerate(decoder_layers(model))
     }
@@ -74,16 +76,16 @@ def fisher(
                 f"the score `fisher` needs an adapter that can be trained in every layer, and the "
                 f"{family.value} item of layer {index} has none"
             )
-    distinct = list({id(p): p for parameters in tensors.values() for p in parameters}.values())
-    squares = {id(p): torch.zeros_like(p, dtype=torch.float32) for p in distinct}
+    distinct = list(dict.fromkeys(chain.from_iterable(tensors.values())))
+    squares = {p: torch.zeros_like(p, dtype=torch.float32) for p in distinct}
     for batch in batches:
         with torch.enable_grad():
             gradients = torch.autograd.grad(_loss(model, batch), distinct)
         for parameter, gradient in zip(distinct, gradients, strict=True):
-            squares[id(parameter)] += gradient.float() ** 2 / len(batches)
+            squares[parameter] += gradient.float() ** 2 / len(batches)
 
     def score(parameters: list[nn.Parameter]) -> float:
-        return float(sum(squares[id(p)].norm().item() for p in parameters))
+        return float(sum(squares[p].norm().item() for p in parameters))
 
     return {
         family: tuple(score(tensors[family, index]) for index in range(len(anatomy)))
@@ -99,7 +101,7 @@ def wnorm(
     for layer, parts in zip(decoder_layers(model), anatomy, strict=True):
         with holding(layer):
             for kind in Kind:
-                matrices = _parameters(layer, parts, kind, lambda n, p: not _is_lora(n, p))
+                matrices = _matrices(layer, parts, kind, lora=False)
                 norms = [torch.linalg.vector_norm(m.detach().float()) for m in matrices]
                 squares[kind].append(sum(norm.item() ** 2 for norm in norms))
     return {
@@ -116,31 +118,26 @@ def _loss(model: nn.Module, batch: Batch) -> torch.Tensor:
     return loss
 
 
-def _is_lora(name: str, _: nn.Parameter) -> bool:
-    return "lora_" in name
-
-
-def _parameters(
-    layer: nn.Module,
-    parts: LayerAnatomy,
-    kind: Kind,
-    wanted: Callable[[str, nn.Parameter], bool],
+def _matrices(
+    layer: nn.Module, parts: LayerAnatomy, kind: Kind, *, lora: bool
 ) -> list[nn.Parameter]:
-    """Matrices of a half's cores."""
+    """Weight matrices of a half's cores: the adapter's or the base model's."""
     return [
         parameter
         for child in parts.halves[kind].core
         for name, parameter in getattr(layer, child).named_parameters()
-        if parameter.dim() >= 2 and wanted(name, parameter)
+        if parameter.dim() >= 2 and ("lora_" in name) == lora
     ]
 
 
-def _lora(layer: nn.Module, parts: LayerAnatomy, family: Family) -> list[nn.Parameter]:
-    def trained(name: str, parameter: nn.Parameter) -> bool:
-        return _is_lora(name, parameter) and parameter.requires_grad
-
-    return [p for kind in Kind if kind in family.kinds
-            for p in _parameters(layer, parts, kind, trained)]  # fmt: skip
+def _trained_lora(layer: nn.Module, parts: LayerAnatomy, family: Family) -> list[nn.Parameter]:
+    return [
+        parameter
+        for kind in Kind
+        if kind in family.kinds
+        for parameter in _matrices(layer, parts, kind, lora=True)
+        if parameter.requires_grad
+    ]
 
 
 @contextmanager
@@ -152,11 +149,9 @@ def _first_input(model: nn.Module) -> Iterator[list[torch.Tensor]]:
     starts: list[torch.Tensor] = []
 
     def cut(_: nn.Module, args: Any, kwargs: Any) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden, args, kwargs = split_call(args, kwargs)
         starts.append(hidden.detach().requires_grad_())
-        if args:
-            return (starts[0], *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": starts[0]}
+        return (starts[0], *args), kwargs
 
     handle = decoder_layers(model)[0].register_forward_pre_hook(cut, with_kwargs=True)
     try:
@@ -188,8 +183,7 @@ def _gates(
                 )
 
         def after_layer(_: Any, args: Any, kwargs: Any, output: Any, index: int = index) -> None:
-            before = args[0] if args else kwargs["hidden_states"]
-            after = hidden_of(output)
+            before, after = split_call(args, kwargs)[0], hidden_of(output)
             watch(Family.LAYER, index, after, (after - before).detach())
 
         if Family.LAYER in families:

@@ -19,6 +19,13 @@ import torch
 from torch import nn
 
 from fedpruner_common.errors import ModelError
+from fedpruner_common.modeling.forwards import (
+    Beside,
+    joined,
+    replaced_forwards,
+    split_call,
+    split_output,
+)
 from fedpruner_common.modeling.meta import decoder_layers
 
 _MADV_DONTNEED = 4
@@ -92,9 +99,6 @@ class Weights:
         if self._copied:
             for parameter, data in self._resting:
                 parameter.data = data
-        self._drop_pages()
-
-    def _drop_pages(self) -> None:
         for _, data in self._resting:
             drop_pages(data)
 
@@ -191,17 +195,14 @@ class _StreamedForward:
         self.weights = weights
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        hidden = args[0] if args else kwargs.pop("hidden_states")
-        rest: list[Any] = []  # what the layer returns beside the hidden states
+        hidden, args, kwargs = split_call(args, kwargs)
+        beside: Beside = None
 
         def run(value: torch.Tensor) -> torch.Tensor:
-            output = self._forward(value, *args[1:], **kwargs)
-            rest[:] = list(output[1:]) if isinstance(output, tuple) else []
-            result: torch.Tensor = output[0] if isinstance(output, tuple) else output
-            self_is_tuple[0] = isinstance(output, tuple)
-            return result
+            nonlocal beside
+            output, beside = split_output(self._forward(value, *args, **kwargs))
+            return output
 
-        self_is_tuple = [False]
         # Asked each time: of an adapter, one factor may have been frozen since.
         trained = [p for p in self._layer.parameters() if p.requires_grad]
         if torch.is_grad_enabled() and (trained or hidden.requires_grad):
@@ -210,7 +211,7 @@ class _StreamedForward:
         else:
             with self.weights.held():
                 out = run(hidden)
-        return (out, *rest) if self_is_tuple[0] else out
+        return joined(out, beside)
 
 
 @contextmanager
@@ -237,18 +238,12 @@ def streaming(
     """
     addresses = {_address(tensor) for tensor in mapped}
     stack = decoder_layers(model)
-    chosen = [stack[index] for index in layers]
-    forwards = [
-        _StreamedForward(layer, Weights(layer, addresses, dtype=dtype, device=device))
-        for layer in chosen
-    ]
-    try:
-        for layer, forward in zip(chosen, forwards, strict=True):
-            layer.__dict__["forward"] = forward
+    forwards = {
+        layer: _StreamedForward(layer, Weights(layer, addresses, dtype=dtype, device=device))
+        for layer in (stack[index] for index in layers)
+    }
+    with replaced_forwards(forwards):
         yield
-    finally:
-        for layer in chosen:
-            layer.__dict__.pop("forward", None)
 
 
 def _weights(layer: nn.Module) -> Weights | None:

@@ -5,6 +5,8 @@ layer keeps its own index, attention type and per-layer settings. Removing or re
 silently wrong on several architectures.
 """
 
+import copy
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +16,7 @@ from torch import nn
 
 from fedpruner_common.components import Kind
 from fedpruner_common.modeling.anatomy import LayerAnatomy
+from fedpruner_common.modeling.forwards import hidden_of, padded
 from fedpruner_common.modeling.meta import decoder_layers
 
 
@@ -40,7 +43,7 @@ class ZeroStub(nn.Module):
             _touch_cache(args, kwargs, hidden, self.layer_index)
         # Of full shape: some layers view it or add to it in place.
         added = torch.zeros_like(hidden) if self.bridge is None else self.bridge(hidden)
-        return (added,) + (None,) * (self.returns - 1) if self.returns else added
+        return padded(added, self.returns)
 
 
 class SkippedLayer(nn.Module):
@@ -58,7 +61,7 @@ class SkippedLayer(nn.Module):
         _touch_cache(args, kwargs, hidden_states, self.layer_index)
         if self.bridge is not None:
             hidden_states = hidden_states + self.bridge(hidden_states)
-        return (hidden_states,) + (None,) * (self.returns - 1) if self.returns else hidden_states
+        return padded(hidden_states, self.returns)
 
 
 def _hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
@@ -107,6 +110,25 @@ def stub_halves(
         unused = [n for n in half.pre if n not in anatomy.shared or dropped == frozenset(Kind)]
         for child in (*unused, *half.post):
             setattr(layer, child, nn.Identity())
+
+
+def bare_layer(layer: nn.Module, anatomy: LayerAnatomy) -> nn.Module:
+    """A copy of a layer with both halves stubbed; its weights are not copied."""
+    weightless: dict[int, Any] = {
+        id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
+        for p in layer.parameters()
+    }
+    bare = copy.deepcopy(layer, weightless).eval()
+    stub_halves(bare, anatomy, frozenset(Kind), index=None)
+    return bare
+
+
+def run_bare(bare: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """What a bare layer makes of hidden states; it has no use for its other arguments."""
+    parameters = list(inspect.signature(type(bare).forward).parameters.values())[2:]
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    required = [p.name for p in parameters if p.default is p.empty and p.kind in kinds]
+    return hidden_of(bare(hidden, **dict.fromkeys(required)))
 
 
 def apply_stubs(

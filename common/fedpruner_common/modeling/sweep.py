@@ -21,6 +21,13 @@ from fedpruner_common.components import Kind
 from fedpruner_common.errors import ModelError
 from fedpruner_common.modeling.anatomy import Half, LayerAnatomy
 from fedpruner_common.modeling.data import Batch
+from fedpruner_common.modeling.forwards import (
+    Forward,
+    hidden_of,
+    padded,
+    replaced_forwards,
+    split_call,
+)
 from fedpruner_common.modeling.meta import decoder_layers
 from fedpruner_common.modeling.streaming import holding
 from fedpruner_common.modeling.stubs import stub_halves
@@ -120,12 +127,6 @@ def device_of(model: nn.Module) -> torch.device:
     return device
 
 
-def hidden_of(output: Any) -> torch.Tensor:
-    """The hidden states a layer or a half returns, alone or in a tuple."""
-    hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
-    return hidden
-
-
 @dataclass(frozen=True)
 class _Call:
     """What the model hands one layer beside the hidden states."""
@@ -166,10 +167,14 @@ class _Walk:
         return inputs[0], calls
 
     def _run(self, passing: Callable[..., torch.Tensor]) -> Any:
-        """The model's own forward, its layers replaced."""
-        arguments = self._batch.arguments(device_of(self._model))
-        with _passing(self._model, self._anatomy, passing):
-            return self._model(**arguments, use_cache=False)
+        """The model's own forward; no layer computes, each returns what `passing` says."""
+
+        def stand_in(returns: int) -> Forward:
+            return lambda *args, **kwargs: padded(passing(*split_call(args, kwargs)), returns)
+
+        layers = zip(decoder_layers(self._model), self._anatomy, strict=True)
+        with replaced_forwards({layer: stand_in(parts.returns) for layer, parts in layers}):
+            return self._model(**self._batch.arguments(device_of(self._model)), use_cache=False)
 
     def advance(
         self,
@@ -204,34 +209,6 @@ class _Walk:
         while self._states:
             item, hidden = self._states.popitem()
             yield item, self._run(lambda _h, _a, _k, hidden=hidden: hidden).loss.item()
-
-
-@contextmanager
-def _passing(
-    model: nn.Module, anatomy: list[LayerAnatomy], passing: Callable[..., torch.Tensor]
-) -> Iterator[None]:
-    """Within a `with` block no layer computes: each returns what `passing` says."""
-    layers = decoder_layers(model)
-    saved = [layer.__dict__.get("forward") for layer in layers]
-
-    def forward(returns: int) -> Callable[..., Any]:
-        def replacement(*args: Any, **kwargs: Any) -> Any:
-            hidden = args[0] if args else kwargs.pop("hidden_states")
-            result = passing(hidden, args[1:], kwargs)
-            return (result,) + (None,) * (returns - 1) if returns else result
-
-        return replacement
-
-    try:
-        for layer, parts in zip(layers, anatomy, strict=True):
-            layer.__dict__["forward"] = forward(parts.returns)
-        yield
-    finally:
-        for layer, before in zip(layers, saved, strict=True):
-            if before is None:
-                layer.__dict__.pop("forward", None)
-            else:
-                layer.__dict__["forward"] = before
 
 
 @contextmanager
