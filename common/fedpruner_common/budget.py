@@ -25,7 +25,7 @@ from fedpruner_common.task import BridgeKind, BridgeSettings
 
 _ADAM_BYTES = 12.0  # per LoRA parameter: value 4, first and second moment 8
 _GRADIENT_BYTES = 4
-_TEXT_BYTES = 12 << 20
+TEXT_BYTES = 12 << 20
 _HIDDEN_COPIES = 5  # before and after a layer, behind a run, and what is written to disk
 
 
@@ -125,7 +125,7 @@ def peak_bytes(profile: MemoryProfile, wanted: Demand, *, floor_bytes: int) -> i
     trained = round(profile.trained_bytes * wanted.lora_parameters)
     training = trained + activation_bytes(profile, wanted)
     stepping = trained + _GRADIENT_BYTES * wanted.lora_parameters
-    return floor_bytes + _TEXT_BYTES + weights + max(converting, training, stepping)
+    return floor_bytes + TEXT_BYTES + weights + max(converting, training, stepping)
 
 
 def predicted_peak_bytes(
@@ -176,7 +176,7 @@ def sweep_peak_bytes(profile: MemoryProfile, bridge: BridgeSettings, *, floor_by
     if bridge.local and bridge.kind is not BridgeKind.OFF:
         moments = 4 * 8 * (profile.hidden_size + 1) ** 2
     passing = max(profile.temporary_bytes.values(), default=0)
-    return floor_bytes + _TEXT_BYTES + weights + adapter + hidden + moments + passing
+    return floor_bytes + TEXT_BYTES + weights + adapter + hidden + moments + passing
 
 
 def streamed_peak_bytes(
@@ -219,7 +219,7 @@ def streamed_peak_bytes(
     trained = round(profile.trained_bytes * parameters)
     training = trained + activations
     stepping = trained + _GRADIENT_BYTES * parameters
-    return floor_bytes + _TEXT_BYTES + weights + max(converting, training, stepping)
+    return floor_bytes + TEXT_BYTES + weights + max(converting, training, stepping)
 
 
 def largest_that_fits(cost: Callable[[int], int], sizes: range, budget_bytes: int) -> int | None:

@@ -223,7 +223,7 @@ def test_a_calibrated_plan_expects_what_the_device_has_shown():
         (UNCALIBRATED, 900),  # 10 % of 1000 stay free
         (Calibration(1.25), 400 + 500 / 1.25),
         (Calibration(0.5), 400 + 500 / 0.5),
-        (Calibration(1.0, too_much_bytes=300), 400 + 270),  # at most 0.9 of what was too much
+        (Calibration(1.0, too_much_bytes=300), 400 + 299),  # less than what was too much
         (Calibration(2.0, too_much_bytes=300), 400 + 250),
     ],
 )

@@ -12,11 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
+from fedpruner_common.budget import TEXT_BYTES
+
 _TOLERANCE = 0.03  # of the whole peak: what the byte model is off by on machines like ours
 _RECENT = 5  # observations that count
 _STEPS = 32  # ratios are rounded up to a multiple of one part in so many
 _SMALLEST, _LARGEST = 0.5, 4.0
-_SHRINK = 0.9  # after running out of memory: at most so much of what was too much
+_SHRINK = 0.9
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,10 @@ class Calibration:
         """What the byte model may predict at most where `usable_bytes` may be used."""
         above_floor = int((usable_bytes - floor_bytes) / self.ratio)
         if self.too_much_bytes is not None:
-            above_floor = min(above_floor, int(_SHRINK * self.too_much_bytes))
+            # Of what a smaller submodel makes smaller, a tenth less at least.
+            fixed = min(TEXT_BYTES, self.too_much_bytes)
+            less = fixed + int(_SHRINK * (self.too_much_bytes - fixed))
+            above_floor = min(above_floor, less, self.too_much_bytes - 1)
         return floor_bytes + above_floor
 
 
