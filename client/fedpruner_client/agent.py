@@ -9,6 +9,7 @@ from fedpruner_client.cache import Cache
 from fedpruner_client.config import AgentSettings
 from fedpruner_client.connection import Connection, Finished, Offer, Waiting
 from fedpruner_client.device import available_bytes
+from fedpruner_client.disk import remembered_bandwidth
 from fedpruner_client.trainer import Baseline, Trainer, describe_failure
 from fedpruner_common.child import Json
 from fedpruner_common.errors import (
@@ -152,7 +153,8 @@ class Agent:
                 limit=baseline.limit,
             )
         self._baseline = baseline
-        return Offer(budget, baseline.floor_bytes, baseline.memory_kind)
+        speed = remembered_bandwidth(self._settings.state_dir)
+        return Offer(budget, baseline.floor_bytes, baseline.memory_kind, speed)
 
     def _budget(self, available: int, memory_kind: str) -> int:
         """What the training process may use of what it could."""

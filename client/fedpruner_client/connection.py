@@ -42,11 +42,13 @@ class Offer:
         memory_budget_bytes: its training process may use this much.
         floor_bytes: of which it needs this before any model.
         memory_kind: `rss`, `cuda` or `unified`.
+        read_bytes_per_s: how fast it brings in layers that are not in memory; 0 where unknown.
     """
 
     memory_budget_bytes: int
     floor_bytes: int
     memory_kind: str
+    read_bytes_per_s: int = 0
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,7 @@ class Connection:
                 memory_budget_bytes=self.offer.memory_budget_bytes,
                 floor_bytes=self.offer.floor_bytes,
                 memory_kind=self.offer.memory_kind,
+                read_bytes_per_s=self.offer.read_bytes_per_s,
             )
             reply = self._retry(
                 lambda: self._stub.Register(request, timeout=rpc.UNARY_TIMEOUT_S), "join"

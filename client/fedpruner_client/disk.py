@@ -1,5 +1,6 @@
 """How fast the cache's disk reads: what decides whether streaming layers is worth it."""
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 
 _BLOCK_BYTES = 4 << 20
 _PASSES = 3
+_REMEMBERED = "read_bytes_per_s"
 _STILL_COLD = 1 / 16  # so much of the file in memory errs by as much at most
 
 
@@ -41,6 +43,17 @@ def read_bandwidth(folder: Path, *, num_bytes: int = 64 << 20) -> int:
     except OSError:
         return 0
     return int(num_bytes / max(statistics.median(seconds), 1e-9))
+
+
+def remembered_bandwidth(state_dir: Path) -> int:
+    """As `read_bandwidth`, measured once for a state directory."""
+    path = state_dir / _REMEMBERED
+    with contextlib.suppress(OSError, ValueError):
+        return max(0, int(path.read_text()))
+    found = read_bandwidth(state_dir)
+    with contextlib.suppress(OSError):
+        path.write_text(f"{found}\n")
+    return found
 
 
 def _fill(fd: int, num_bytes: int) -> None:

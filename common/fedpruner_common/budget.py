@@ -180,20 +180,25 @@ def sweep_peak_bytes(profile: MemoryProfile, bridge: BridgeSettings, *, floor_by
 
 
 def streamed_peak_bytes(
-    profile: MemoryProfile, streamed: Collection[int], *, floor_bytes: int
+    profile: MemoryProfile,
+    streamed: Collection[int],
+    *,
+    floor_bytes: int,
+    kept: Iterable[ComponentId] | None = None,
 ) -> int:
-    """Peak memory of training the full model with some layers in memory only while they work.
+    """Peak memory of training with some layers in memory only while they work.
 
     A streamed layer keeps its input and is computed again for its backward; the others are held and
     save what they save.
 
     Args:
         profile: bytes of the model's parts.
-        streamed: layers; with none of them this is the full model's peak.
+        streamed: layers; with none of them this is the peak of `kept` as it is.
         floor_bytes: the process before any model, measured on the device.
+        kept: components of the submodel, None for all.
     """
     by_layer: dict[int, list[ComponentId]] = {}
-    for component in profile.weight_bytes:
+    for component in profile.weight_bytes if kept is None else kept:
         by_layer.setdefault(component.layer, []).append(component)
     resident = [c for layer, cs in by_layer.items() if layer not in streamed for c in cs]
     held = demand(profile, resident)
@@ -207,19 +212,30 @@ def streamed_peak_bytes(
     again = max(
         (sum(profile.saved_bytes[c] for c in by_layer[layer]) for layer in streamed), default=0
     )
-    temporary = max(profile.temporary_bytes.values(), default=0)
+    everything = [c for components in by_layer.values() for c in components]
+    temporary = max((profile.temporary_bytes[c] for c in everything), default=0)
     if profile.gradient_checkpointing:
-        kept = held.num_layers * profile.layer_input_bytes
+        saved = held.num_layers * profile.layer_input_bytes
         again = max(again, held.layer_saved_bytes)
     else:
-        kept = held.saved_bytes
-    kept += len(streamed) * profile.layer_input_bytes
-    parameters = sum(profile.lora_parameters.values())
-    activations = profile.shared_saved_bytes + kept + max(profile.loss_bytes, again + temporary)
+        saved = held.saved_bytes
+    saved += len(streamed) * profile.layer_input_bytes
+    parameters = sum(profile.lora_parameters[c] for c in everything)
+    activations = profile.shared_saved_bytes + saved + max(profile.loss_bytes, again + temporary)
     trained = round(profile.trained_bytes * parameters)
     training = trained + activations
     stepping = trained + _GRADIENT_BYTES * parameters
     return floor_bytes + TEXT_BYTES + weights + max(converting, training, stepping)
+
+
+def streaming_seconds(
+    profile: MemoryProfile, streamed: Iterable[int], *, read_bytes_per_s: int
+) -> float:
+    """Time that one micro-batch reads streamed layers: each for its forward and its backward."""
+    layers = set(streamed)
+    size = sum(b for component, b in profile.weight_bytes.items() if component.layer in layers)
+    stored = size * profile.disk_ratio if profile.disk_ratio else size
+    return 2 * stored / read_bytes_per_s
 
 
 def largest_that_fits(cost: Callable[[int], int], sizes: range, budget_bytes: int) -> int | None:

@@ -74,6 +74,7 @@ class PlanOptions(Section):
     bridge_data: Literal["public", "local"] = "public"
     correction: bool = True
     streaming: bool = False
+    stream_seconds: Annotated[float, Field(ge=0)] = 0.0  # per step; 0: no limit
 
 
 class AggregationOptions(Section):

@@ -74,6 +74,8 @@ def plan_settings(settings: ServerSettings, spec: ModelSpec | None) -> PlanSetti
         bridge_bytes_per_run=bridge_bytes_per_run(spec.memory, bridge) if spec else 0,
         bridge=bridge,
         streaming=plan.streaming,
+        stream_seconds=plan.stream_seconds,
+        batches_per_step=settings.training.gradient_accumulation_steps,
     )
 
 

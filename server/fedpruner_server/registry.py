@@ -27,6 +27,7 @@ class Device:
     floor_bytes: int
     memory_kind: str
     last_seen: float
+    read_bytes_per_s: int = 0
     activity: str = "joined"
     step: int = 0
     num_steps: int = 0
@@ -60,6 +61,7 @@ class Registry:
         memory_budget_bytes: int,
         floor_bytes: int,
         memory_kind: str,
+        read_bytes_per_s: int = 0,
         now: float,
     ) -> Device:
         """The device under a new session; what was counted for it stays."""
@@ -72,6 +74,7 @@ class Registry:
         device.memory_budget_bytes = memory_budget_bytes
         device.floor_bytes = floor_bytes
         device.memory_kind = memory_kind
+        device.read_bytes_per_s = read_bytes_per_s
         device.last_seen = now
         device.activity = "joined"
         device.unfit = ""

@@ -213,7 +213,10 @@ class Run:
             spec,
             statistics,
             self._c.plan_settings(),
-            [Offer(d.client_id, self._c.budget_of(d), d.floor_bytes) for d in devices],
+            [
+                Offer(d.client_id, self._c.budget_of(d), d.floor_bytes, d.read_bytes_per_s)
+                for d in devices
+            ],
             round_number=number,
             ages=self._c.ages(),
         )

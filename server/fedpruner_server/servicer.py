@@ -43,6 +43,7 @@ class Federation(FederationServicer):
             memory_budget_bytes=request.memory_budget_bytes,
             floor_bytes=request.floor_bytes,
             memory_kind=request.memory_kind,
+            read_bytes_per_s=request.read_bytes_per_s,
         )
         interval_s = self._tasks.lease_s / HEARTBEATS_PER_LEASE
         return pb.RegisterReply(session=device.session, heartbeat_interval_s=interval_s)

@@ -50,13 +50,20 @@ class Tasks:
         self._log = get_logger()
 
     def register(
-        self, client_id: str, *, memory_budget_bytes: int, floor_bytes: int, memory_kind: str
+        self,
+        client_id: str,
+        *,
+        memory_budget_bytes: int,
+        floor_bytes: int,
+        memory_kind: str,
+        read_bytes_per_s: int,
     ) -> Device:
         device = self._c.registry.register(
             client_id,
             memory_budget_bytes=memory_budget_bytes,
             floor_bytes=floor_bytes,
             memory_kind=memory_kind,
+            read_bytes_per_s=read_bytes_per_s,
             now=time.monotonic(),
         )
         self._log.info("device joined", client=client_id, budget_bytes=memory_budget_bytes)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from fedpruner_client import disk
-from fedpruner_client.disk import read_bandwidth
+from fedpruner_client.disk import read_bandwidth, remembered_bandwidth
 
 MIB = 1 << 20
 
@@ -91,3 +91,16 @@ def test_a_folder_that_cannot_be_written_is_unknown(tmp_path):
     assert read_bandwidth(tmp_path / "missing", num_bytes=2 * MIB) == 0
     # root may write anywhere, but not here
     assert read_bandwidth(disk.Path("/proc"), num_bytes=2 * MIB) == 0
+
+
+def test_a_speed_is_measured_once_for_a_state_directory(tmp_path, monkeypatch):
+    speeds = iter([123, 456])
+    monkeypatch.setattr(disk, "read_bandwidth", lambda _: next(speeds))
+    assert [remembered_bandwidth(tmp_path) for _ in range(3)] == [123] * 3
+    (tmp_path / "read_bytes_per_s").write_text("nonsense")
+    assert remembered_bandwidth(tmp_path) == 456
+
+
+def test_a_speed_that_cannot_be_remembered_is_still_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(disk, "read_bandwidth", lambda _: 7)
+    assert remembered_bandwidth(tmp_path / "missing") == 7

@@ -464,6 +464,7 @@ CHANGED = {
     "bridge_data": "local",
     "correction": True,
     "streaming": True,
+    "stream_seconds": 2.0,
 }
 NOT_FOR_PLANS = {"importance", "statistics", "statistics_every", "statistics_drift", "rms_rows"}
 BRIDGED_SPEC = toy_spec(3, toy_memory(3, hidden_size=64, layer_input_bytes=100))

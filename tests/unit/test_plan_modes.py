@@ -9,7 +9,11 @@ from dataclasses import replace
 import pytest
 from toy_model import MIB, toy_memory, toy_spec, toy_statistics
 
-from fedpruner_common.budget import streamed_peak_bytes, sweep_peak_bytes
+from fedpruner_common.budget import (
+    streamed_peak_bytes,
+    streaming_seconds,
+    sweep_peak_bytes,
+)
 from fedpruner_common.components import all_components
 from fedpruner_common.errors import BudgetTooSmall
 from fedpruner_common.statistics import Granularity
@@ -31,7 +35,7 @@ STREAMING = replace(SETTINGS, streaming=True)
 HALVES = replace(STREAMING, granularity=Granularity.COMPONENT)
 
 
-def plan(budget_mib, settings=SETTINGS, memory=LONG, importance=IMPORTANCE):
+def plan(budget_mib, settings=SETTINGS, memory=LONG, importance=IMPORTANCE, read_bytes_per_s=0):
     return plan_client(
         toy_spec(4, memory),
         toy_statistics(importance, granularity=settings.granularity),
@@ -40,6 +44,7 @@ def plan(budget_mib, settings=SETTINGS, memory=LONG, importance=IMPORTANCE):
         round_number=1,
         budget_bytes=int(budget_mib * MIB),
         floor_bytes=FLOOR,
+        read_bytes_per_s=read_bytes_per_s,
     )
 
 
@@ -210,3 +215,67 @@ def test_a_device_too_small_for_the_protected_layers_streams_if_that_fits():
     for settings in (replace(protected, streaming=False), protected):
         with pytest.raises(BudgetTooSmall, match="short of the smallest submodel"):
             streams(35 if not settings.streaming else 32, settings)
+
+
+# With little time for streaming: one layer takes a second, 3 MiB read twice at 6 MiB/s.
+
+
+def in_time(budget_mib, seconds, settings=STREAMING, **arguments):
+    limited = replace(settings, stream_seconds=seconds)
+    return streams(budget_mib, limited, **{"read_bytes_per_s": 6 * MIB, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("seconds", "kept", "streamed", "peak_mib"),
+    [
+        (1, (1, 2), (), 38),  # 48 for a third layer beside two held ones
+        (1.99, (1, 2), (), 38),
+        (2, (1, 2, 3), (2, 3), 40),  # 20 + 9 + 2 inputs + 9 for the one that passes
+        (3, (0, 1, 2, 3), (0, 2, 3), 41),
+        (0, (0, 1, 2, 3), (0, 2, 3), 41),  # no limit
+    ],
+)
+def test_as_many_layers_are_streamed_as_the_disk_brings_in_time(seconds, kept, streamed, peak_mib):
+    found = in_time(41, seconds, replace(STREAMING, policy=Policy.TOP))
+    assert found.submodel.layers() == kept
+    assert found.streamed == streamed
+    assert found.predicted_peak_bytes == peak_mib * MIB
+
+
+def test_every_micro_batch_of_a_step_reads_again():
+    twice = replace(STREAMING, batches_per_step=2)
+    assert len(in_time(41, 5.99, twice).streamed) == 2
+    assert len(in_time(41, 6, twice).streamed) == 3
+
+
+def test_a_disk_that_nobody_measured_is_taken_for_a_slow_one():
+    # 2 * 3 MiB at 100 MB/s are 63 ms
+    assert len(in_time(41, 0.12, read_bytes_per_s=0).streamed) == 0
+    assert len(in_time(41, 0.13, read_bytes_per_s=0).streamed) == 2
+
+
+def test_what_is_stored_larger_than_it_is_held_takes_longer_to_read():
+    larger = replace(DEEP, disk_ratio=2.0)
+    limited = replace(STREAMING, stream_seconds=2.0)
+    assert streaming_seconds(DEEP, (0, 1), read_bytes_per_s=6 * MIB) == 2.0
+    assert streaming_seconds(larger, (0, 1), read_bytes_per_s=6 * MIB) == 4.0
+    found = plan(90, limited, memory=larger, read_bytes_per_s=6 * MIB)
+    assert found.streamed == ()
+
+
+@pytest.mark.parametrize("bridge", [PUBLIC, CORRECTED])
+def test_what_is_neither_held_nor_streamed_is_bridged(bridge):
+    found = in_time(41, 2, replace(STREAMING, bridge=bridge))
+    assert len(found.submodel.layers()) == 3
+    assert found.bridge == bridge
+
+
+def test_with_little_time_a_plan_is_within_the_budget_whatever_it_is():
+    for budget in (29, 33, 37, 38, 40, 41, 45, 49, 53, 57):
+        for seconds in (0.5, 1, 2, 3, 4):
+            assert in_time(budget, seconds).predicted_peak_bytes <= budget * MIB
+
+
+def test_a_device_that_could_only_stream_all_layers_is_refused_when_time_is_short():
+    with pytest.raises(BudgetTooSmall, match="short of the smallest submodel"):
+        in_time(35, 4, replace(STREAMING, protect=(0, -1)))

@@ -7,18 +7,20 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class RegisterRequest(_message.Message):
-    __slots__ = ("client_id", "memory_budget_bytes", "floor_bytes", "memory_kind", "agent_version")
+    __slots__ = ("client_id", "memory_budget_bytes", "floor_bytes", "memory_kind", "agent_version", "read_bytes_per_s")
     CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
     MEMORY_BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
     FLOOR_BYTES_FIELD_NUMBER: _ClassVar[int]
     MEMORY_KIND_FIELD_NUMBER: _ClassVar[int]
     AGENT_VERSION_FIELD_NUMBER: _ClassVar[int]
+    READ_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
     client_id: str
     memory_budget_bytes: int
     floor_bytes: int
     memory_kind: str
     agent_version: str
-    def __init__(self, client_id: _Optional[str] = ..., memory_budget_bytes: _Optional[int] = ..., floor_bytes: _Optional[int] = ..., memory_kind: _Optional[str] = ..., agent_version: _Optional[str] = ...) -> None: ...
+    read_bytes_per_s: int
+    def __init__(self, client_id: _Optional[str] = ..., memory_budget_bytes: _Optional[int] = ..., floor_bytes: _Optional[int] = ..., memory_kind: _Optional[str] = ..., agent_version: _Optional[str] = ..., read_bytes_per_s: _Optional[int] = ...) -> None: ...
 
 class RegisterReply(_message.Message):
     __slots__ = ("session", "heartbeat_interval_s")

@@ -19,6 +19,7 @@ from fedpruner_common.budget import (
     peak_bytes,
     predicted_peak_bytes,
     streamed_peak_bytes,
+    streaming_seconds,
     sweep_peak_bytes,
 )
 from fedpruner_common.components import ComponentId
@@ -40,6 +41,8 @@ from fedpruner_server.core.selection import (
     first_and_last,
     top,
 )
+
+_ASSUMED_BYTES_PER_S = 100_000_000  # of a disk nobody could measure: a memory card's
 
 Ages = Mapping[ComponentId, int]
 Choices = dict[Family, tuple[Choice, ...]]
@@ -82,8 +85,11 @@ class PlanSettings:
         coverage_rounds: age at which it is largest, and at which hard coverage forces an item in.
         bridge_bytes_per_run: memory of what stands in for each run of dropped components.
         bridge: what that is.
-        streaming: hold all layers, those that do not fit only while they work, where a device's
-            budget allows it; nothing is dropped then.
+        streaming: train also layers that do not fit, in memory only while they work, where a
+            device's budget allows it.
+        stream_seconds: time that a device may spend on reading them in one optimizer step; what
+            would take longer is dropped. 0 for no limit: nothing is dropped then.
+        batches_per_step: micro-batches of one optimizer step.
     """
 
     granularity: Granularity
@@ -102,6 +108,8 @@ class PlanSettings:
     bridge_bytes_per_run: int = 0
     bridge: BridgeSettings = NO_BRIDGE
     streaming: bool = False
+    stream_seconds: float = 0.0
+    batches_per_step: int = 1
 
     def protected(self, num_layers: int) -> tuple[int, ...]:
         """The protected layers' indices, ascending; none under another policy than the method's.
@@ -119,6 +127,14 @@ class PlanSettings:
         """What of a budget may be planned with."""
         return int(budget_bytes * (1 - self.margin))
 
+    def can_read(self, spec: ModelSpec, streamed: Sequence[int], read_bytes_per_s: int) -> bool:
+        """Whether a device reads streamed layers in the time there is."""
+        if not self.stream_seconds:
+            return True
+        speed = read_bytes_per_s or _ASSUMED_BYTES_PER_S
+        seconds = streaming_seconds(spec.memory, streamed, read_bytes_per_s=speed)
+        return self.batches_per_step * seconds <= self.stream_seconds
+
 
 @dataclass(frozen=True)
 class Offer:
@@ -128,11 +144,13 @@ class Offer:
         client_id: whose it is.
         budget_bytes: memory the device offers for training.
         floor_bytes: of which its training process needs this before any model.
+        read_bytes_per_s: how fast it brings in layers that are not in memory; 0 where unknown.
     """
 
     client_id: str
     budget_bytes: int
     floor_bytes: int
+    read_bytes_per_s: int = 0
 
 
 @dataclass(frozen=True)
@@ -273,6 +291,7 @@ def plan_client(
     round_number: int,
     budget_bytes: int,
     floor_bytes: int,
+    read_bytes_per_s: int = 0,
 ) -> ClientPlan:
     """The submodel for one client on its own.
 
@@ -283,11 +302,12 @@ def plan_client(
         client_id, round_number: what the client's draws depend on, beside the seed.
         budget_bytes: memory the device offers for training.
         floor_bytes: of which its training process needs this before any model.
+        read_bytes_per_s: as in `Offer`.
 
     Raises:
         BudgetTooSmall: not even the smallest submodel fits.
     """
-    offer = Offer(client_id, budget_bytes, floor_bytes)
+    offer = Offer(client_id, budget_bytes, floor_bytes, read_bytes_per_s)
     result = plan_round(spec, statistics, settings, [offer], round_number=round_number)[client_id]
     if isinstance(result, BudgetTooSmall):
         raise result
@@ -317,43 +337,71 @@ def submodel_peak_bytes(
 
 def _pruned(current: _Round, seat: _Seat, choices: Choices) -> ClientPlan:
     """The plan that drops what was not chosen."""
-    spec, settings, floor_bytes = current.spec, current.settings, seat.offer.floor_bytes
+    spec, settings, offer = current.spec, current.settings, seat.offer
     submodel = Submodel.of(spec.num_layers, _components(choices))
-    peak = submodel_peak_bytes(spec, settings, submodel, floor_bytes=floor_bytes)
-    if submodel.is_full:
-        return ClientPlan(submodel, peak, choices)
-    bridge = settings.bridge
-    if bridge.sweeps:
-        sweep = sweep_peak_bytes(spec.memory, bridge, floor_bytes=floor_bytes)
-        if sweep <= settings.usable_bytes(seat.offer.budget_bytes):
-            return ClientPlan(submodel, max(peak, sweep), choices, bridge)
-        kind = BridgeKind.OFF if bridge.local else bridge.kind
-        bridge = replace(bridge, kind=kind, local=False, corrected=False)
+    peak = submodel_peak_bytes(spec, settings, submodel, floor_bytes=offer.floor_bytes)
+    bridge, peak = _bridge_that_fits(spec, settings, submodel, peak, offer)
     return ClientPlan(submodel, peak, choices, bridge)
 
 
 def _streamed(current: _Round, seat: _Seat, choices: Choices) -> ClientPlan | None:
-    """The plan that streams what was not chosen, and of that as much as must be; None if too large.
+    """The plan that also trains layers which do not fit, in memory while they work; or None.
 
-    Layers are held in the order in which they were chosen or matter, as many as fit.
+    What was chosen is held as far as it fits, then streamed; of the rest, in the order in which it
+    matters, as much is streamed as the device reads in the time there is. What is left is dropped.
     """
-    spec, floor_bytes = current.spec, seat.offer.floor_bytes
-    usable = current.settings.usable_bytes(seat.offer.budget_bytes)
+    spec, settings, offer = current.spec, current.settings, seat.offer
+    usable = settings.usable_bytes(offer.budget_bytes)
     worth = [0.0] * spec.num_layers
     for family in choices:
         for layer, value in enumerate(current.importance(seat.statistics, family)):
             worth[layer] += value
     chosen = {c.layer for c in _components(choices)}
     order = sorted(range(spec.num_layers), key=lambda i: (i not in chosen, -worth[i], i))
-
-    def peak(streamed: Sequence[int]) -> int:
-        return streamed_peak_bytes(spec.memory, streamed, floor_bytes=floor_bytes)
-
-    for num_held in range(spec.num_layers, -1, -1):
-        streamed = tuple(sorted(order[num_held:]))
-        if peak(streamed) <= usable:
-            return ClientPlan(spec.full(), peak(streamed), choices, streamed=streamed)
+    # As many as were chosen fit without streaming.
+    fewest = len(chosen) + 1 if settings.stream_seconds else spec.num_layers
+    for num_kept in range(spec.num_layers, fewest - 1, -1):
+        submodel = Submodel.of(
+            spec.num_layers, (c for i in order[:num_kept] for c in Family.LAYER.components(i))
+        )
+        for num_held in range(num_kept, -1, -1):
+            streamed = tuple(sorted(order[num_held:num_kept]))
+            if not settings.can_read(spec, streamed, offer.read_bytes_per_s):
+                break  # holding fewer would stream more
+            peak = _streaming_peak_bytes(spec, settings, submodel, streamed, offer.floor_bytes)
+            if peak <= usable and (streamed or submodel.is_full):
+                bridge, peak = _bridge_that_fits(spec, settings, submodel, peak, offer)
+                return ClientPlan(submodel, peak, choices, bridge, streamed)
     return None
+
+
+def _streaming_peak_bytes(
+    spec: ModelSpec,
+    settings: PlanSettings,
+    submodel: Submodel,
+    streamed: Sequence[int],
+    floor_bytes: int,
+) -> int:
+    bridges = settings.bridge_bytes_per_run * len(submodel.dropped_runs())
+    return bridges + streamed_peak_bytes(
+        spec.memory, streamed, floor_bytes=floor_bytes, kept=submodel.components
+    )
+
+
+def _bridge_that_fits(
+    spec: ModelSpec, settings: PlanSettings, submodel: Submodel, peak: int, offer: Offer
+) -> tuple[BridgeSettings, int]:
+    """What stands in for dropped runs on a device, and the peak with it."""
+    bridge = settings.bridge
+    if submodel.is_full:
+        return NO_BRIDGE, peak
+    if not bridge.sweeps:
+        return bridge, peak
+    sweep = sweep_peak_bytes(spec.memory, bridge, floor_bytes=offer.floor_bytes)
+    if sweep <= settings.usable_bytes(offer.budget_bytes):
+        return bridge, max(peak, sweep)
+    kind = BridgeKind.OFF if bridge.local else bridge.kind
+    return replace(bridge, kind=kind, local=False, corrected=False), peak
 
 
 # Which items
@@ -748,6 +796,8 @@ def fit_somehow(
 ) -> dict[Family, int]:
     """As `fit`; where not even the smallest submodel fits but streaming all layers does, that one.
 
+    Not where there is little time for streaming: then all layers may be too many.
+
     Raises:
         BudgetTooSmall: nothing fits.
     """
@@ -757,7 +807,8 @@ def fit_somehow(
         everything = range(spec.num_layers)
         needed = streamed_peak_bytes(spec.memory, everything, floor_bytes=floor_bytes)
         by_layer = settings.granularity is Granularity.LAYER  # halves are packed into what fits
-        if not (settings.streaming and by_layer) or needed > settings.usable_bytes(budget_bytes):
+        possible = settings.streaming and by_layer and not settings.stream_seconds
+        if not possible or needed > settings.usable_bytes(budget_bytes):
             raise
     smallest = max(1, len(settings.protected(spec.num_layers)))
     return dict.fromkeys(settings.granularity.families, smallest)
