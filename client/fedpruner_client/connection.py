@@ -257,12 +257,14 @@ class Connection:
 
     def push_statistics(self, task_id: str, statistics: Statistics) -> None:
         """Tell the coordinator about the layers."""
+        # With numpy, which an agent that is never asked does without.
+        from fedpruner_common.convert_statistics import statistics_to_pb
 
         def call() -> None:
             request = pb.PushStatisticsRequest(
                 client_id=self._client_id, session=self._session, task_id=task_id
             )
-            convert.statistics_to_pb(statistics, request)
+            statistics_to_pb(statistics, request)
             self._stub.PushStatistics(request, timeout=rpc.UNARY_TIMEOUT_S)
 
         self._retry(call, "send the statistics")

@@ -13,7 +13,7 @@ from fedpruner_common.budget import bridge_bytes_per_run, sweep_peak_bytes
 from fedpruner_common.components import ComponentId, all_components
 from fedpruner_common.manifest import FileInfo, TensorInfo
 from fedpruner_common.spec import ModelSpec
-from fedpruner_common.statistics import FamilyStatistics, Statistics, average, smoothed
+from fedpruner_common.statistics import FamilyStatistics, Statistics
 from fedpruner_common.submodel import Submodel
 from fedpruner_common.task import (
     NO_BRIDGE,
@@ -28,6 +28,7 @@ from fedpruner_server.config import ServerSettings
 from fedpruner_server.core.aggregation import AggregationSettings, trained_factor
 from fedpruner_server.core.calibration import UNCALIBRATED, Calibration
 from fedpruner_server.core.planning import ClientPlan, PlanSettings
+from fedpruner_server.core.pooling import average, smoothed
 from fedpruner_server.core.schedule import learning_rate
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from fedpruner_common import convert
 from fedpruner_common.adapters import to_peft
 from fedpruner_common.chunks import ChunkWriter, read_chunks
+from fedpruner_common.convert_statistics import statistics_from_pb
 from fedpruner_common.errors import CorruptChunk, InvalidUpdate
 from fedpruner_common.pb import federation_pb2 as pb
 from fedpruner_common.pb.federation_pb2_grpc import FederationServicer
@@ -119,7 +120,7 @@ class Federation(FederationServicer):
     ) -> pb.PushStatisticsReply:
         device = self._tasks.device(request.client_id, request.session)
         try:
-            statistics = convert.statistics_from_pb(request)
+            statistics = statistics_from_pb(request)
         except ValueError as error:
             raise InvalidUpdate(f"the statistics make no sense: {error}") from error
         self._tasks.store_statistics(device, request.task_id, statistics)

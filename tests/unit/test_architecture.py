@@ -41,6 +41,7 @@ PB = ("fedpruner_common.pb",)
 PB_HOMES = (
     "fedpruner_common.pb",
     "fedpruner_common.convert",
+    "fedpruner_common.convert_statistics",
     "fedpruner_common.chunks",
     "fedpruner_server.servicer",
     "fedpruner_server.admin",
@@ -147,7 +148,7 @@ def test_core_imports_only_what_cannot_make_a_replay_differ():
 @pytest.mark.parametrize(
     ("module", "unwanted"),
     [
-        ("fedpruner_client.agent", TORCH),
+        ("fedpruner_client.agent", (*TORCH, "numpy")),
         ("fedpruner_client.cli", TORCH),
         ("fedpruner_server.app", TORCH),
         ("fedpruner_server.core.planning", (*TORCH, "grpc", "google", "sqlite3", "sklearn")),

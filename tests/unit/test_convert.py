@@ -9,11 +9,10 @@ from fedpruner_common.convert import (
     metrics_to_header,
     probe_from_pb,
     probe_to_pb,
-    statistics_from_pb,
-    statistics_to_pb,
     task_from_pb,
     task_to_pb,
 )
+from fedpruner_common.convert_statistics import statistics_from_pb, statistics_to_pb
 from fedpruner_common.errors import FedPrunerError
 from fedpruner_common.manifest import FileInfo, TensorInfo
 from fedpruner_common.pb import federation_pb2 as pb

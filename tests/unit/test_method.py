@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from toy_model import component, toy_memory, toy_spec
 
-from fedpruner_common.convert import statistics_from_pb, statistics_to_pb
+from fedpruner_common.convert_statistics import statistics_from_pb, statistics_to_pb
 from fedpruner_common.manifest import FileInfo, TensorInfo
 from fedpruner_common.pb import federation_pb2 as pb
 from fedpruner_common.statistics import (

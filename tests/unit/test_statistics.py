@@ -10,9 +10,8 @@ from fedpruner_common.statistics import (
     Granularity,
     ProbeCost,
     Statistics,
-    average,
-    smoothed,
 )
+from fedpruner_server.core.pooling import average, smoothed
 
 
 def report(
