@@ -43,6 +43,10 @@ def run(
             "memory_budget", "Most memory training may use, e.g. 6GiB; what is free if not given."
         ),
     ] = None,
+    memory_reserve: Annotated[
+        str | None,
+        _option("memory_reserve", "Free memory to leave to others, 256MiB if not given."),
+    ] = None,
     device: Annotated[str | None, _option("device", "auto, cpu or cuda.")] = None,
     num_threads: Annotated[
         int | None, _option("num_threads", "CPU threads for training; 0 for all cores.")
@@ -78,6 +82,7 @@ def run(
         "name": name,
         "state_dir": state_dir,
         "memory_budget": memory_budget,
+        "memory_reserve": memory_reserve,
         "device": device,
         "num_threads": num_threads,
         "root_certificates": root_certificates,
