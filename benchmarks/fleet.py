@@ -195,10 +195,13 @@ def watch(fleet: Fleet, address: str, arguments: argparse.Namespace) -> str:
     """Until the run is over; takes memory away now and then. Returns how it ended."""
     rng = random.Random(arguments.seed)
     admin, ends, said = AdminClient(address), time.monotonic() + 60 * arguments.minutes, 0
+    server = fleet.others[0]
     while time.monotonic() < ends:
         time.sleep(1.0)
         if all(device.process.poll() for device in fleet.devices):
             return "every agent has failed"
+        if server.poll() is not None:
+            return f"the coordinator has ended with code {server.returncode}"
         try:
             status = admin.status()
         except FedPrunerError:

@@ -4,25 +4,23 @@ The model is stored in bfloat16 and computed with in float32, so that its weight
 the kernel cannot take back.
 """
 
-import contextlib
 import os
 import resource
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from cgroups import Group, memory_group
 from safetensors.torch import save_file
 
 from fedpruner_common.modeling.meta import meta_model
 
 MIB = 1 << 20
-CGROUPS = Path("/sys/fs/cgroup")
 LAYERS, HIDDEN, FFN, TOKENS = 14, 512, 2048, 2 * 16
 ROOM = 100 * MIB  # beyond what the libraries take; the model takes 224 MiB in float32
 
@@ -50,46 +48,11 @@ def layer_parameters() -> int:
     return 4 * HIDDEN * HIDDEN + 3 * HIDDEN * FFN + 2 * HIDDEN
 
 
-class Group:
-    """A memory cgroup of our own, v1 or v2; its limit is set when the process in it is ready."""
-
-    def __init__(self) -> None:
-        v1 = CGROUPS / "memory"
-        self.is_v1 = (v1 / "memory.limit_in_bytes").exists()
-        base = v1 if self.is_v1 else CGROUPS
-        if not self.is_v1 and "memory" not in (base / "cgroup.subtree_control").read_text():
-            raise OSError("the memory controller is not on")
-        self.path = base / f"fedpruner-test-{os.getpid()}-{time.monotonic_ns()}"
-        self.path.mkdir()
-
-    def enter(self, pid: int) -> None:
-        (self.path / "cgroup.procs").write_text(str(pid))
-
-    def limit(self, num_bytes: int) -> None:
-        name = "memory.limit_in_bytes" if self.is_v1 else "memory.max"
-        (self.path / name).write_text(str(num_bytes))
-        swap = "memory.memsw.limit_in_bytes" if self.is_v1 else "memory.swap.max"
-        with contextlib.suppress(OSError):  # where swap is accounted at all
-            (self.path / swap).write_text(str(num_bytes if self.is_v1 else 0))
-
-    def remove(self) -> None:
-        for _ in range(100):  # a killed process takes a moment to leave
-            with contextlib.suppress(OSError):
-                self.path.rmdir()
-                return
-            time.sleep(0.02)
-
-
 @pytest.fixture
 def group() -> Iterator[Group | None]:
     """A cgroup, or None where it cannot be had."""
-    try:
-        found = Group()
-    except OSError:
-        yield None
-        return
-    yield found
-    found.remove()
+    with memory_group() as (found, _):
+        yield found
 
 
 class Child:
