@@ -30,6 +30,7 @@ from fedpruner_common.units import format_bytes
 
 _ADAPTER_HEADROOM_BYTES = 16 << 20  # the safetensors header of the largest adapters
 _STAY_PAUSE_S = 10.0
+_SHORT_PAUSE_S = 3.0  # between looks at memory that others hold
 # Free memory comes and goes: only beyond these ratios is it another offer.
 _LESS, _MORE = 0.97, 1.1
 
@@ -105,6 +106,7 @@ class Agent:
         self._cache = Cache(settings.state_dir / "cache", limit_bytes=settings.cache_limit)
         self._log = get_logger()
         self._baseline: Baseline | None = None
+        self._free_floor_bytes = 0
         self._idle_since = time.monotonic()
 
     def run(self) -> int:
@@ -143,7 +145,13 @@ class Agent:
     def _offer(self) -> Offer:
         """What this device can bring, measured now."""
         self._log.info("measuring what the training process needs before any model")
+        before = available_bytes()
         baseline: Baseline = self._trainer.measure()
+        # What of its floor costs nothing here: libraries that other processes have loaded, or that
+        # another control group pays for.
+        taken = max(0, before - available_bytes())
+        shared = min(self._trainer.shared_bytes(), baseline.floor_bytes - taken)
+        self._free_floor_bytes = max(0, shared)
         budget = self._budget(baseline.available_bytes, baseline.memory_kind)
         if self._settings.memory_budget and budget < self._settings.memory_budget:
             self._log.warning(
@@ -167,8 +175,8 @@ class Agent:
         if self._baseline is None or self._baseline.own_limit:
             return
         # What a warm training process holds is among what is used, and would be its own.
-        available = available_bytes() + self._trainer.resident_bytes()
-        budget = self._budget(available, before.memory_kind)
+        held = self._trainer.resident_bytes() or self._free_floor_bytes
+        budget = self._budget(available_bytes() + held, before.memory_kind)
         if not _LESS <= budget / max(1, before.memory_budget_bytes) <= _MORE:
             connection.offer = replace(before, memory_budget_bytes=budget)
             self._log.info(
@@ -189,7 +197,7 @@ class Agent:
                     raise
                 self._log.warning("too little memory is free now, waiting", reason=str(error))
                 self._trainer.close()
-                time.sleep(_STAY_PAUSE_S)
+                time.sleep(_SHORT_PAUSE_S)
                 continue
             if isinstance(answer, Finished):
                 self._log.info("the run is over", outcome=answer.reason)

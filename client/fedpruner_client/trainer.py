@@ -84,6 +84,14 @@ class Trainer:
         except psutil.NoSuchProcess:  # it ended between the two
             return 0
 
+    def shared_bytes(self) -> int:
+        """How much of that is files, libraries most of all, which others may have in memory too."""
+        pid = self._child.pid
+        try:
+            return int(getattr(psutil.Process(pid).memory_info(), "shared", 0)) if pid else 0
+        except psutil.NoSuchProcess:
+            return 0
+
     def adapter_path(self) -> Path:
         """Where the agent puts the adapter for the next task."""
         self._work_dir.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,13 @@ from fedpruner_common.errors import ConfigError, FedPrunerError
 from fedpruner_common.log import get_logger
 from fedpruner_common.pb.admin_pb2_grpc import add_AdminServicer_to_server
 from fedpruner_common.pb.federation_pb2_grpc import add_FederationServicer_to_server
-from fedpruner_common.rpc import PULL_WAIT_S, SERVER_OPTIONS, is_loopback, server_credentials
+from fedpruner_common.rpc import (
+    HEARTBEATS_PER_LEASE,
+    PULL_WAIT_S,
+    SERVER_OPTIONS,
+    is_loopback,
+    server_credentials,
+)
 from fedpruner_server.admin import Admin
 from fedpruner_server.blockstore import BlockStore
 from fedpruner_server.config import ServerSettings
@@ -110,14 +116,18 @@ async def _until_done(coordinator: Coordinator, stop: asyncio.Event, *, stay: bo
 
 async def _farewell(coordinator: Coordinator) -> None:
     """Let every living agent hear that the run is over, for a bounded time."""
+    registry = coordinator.registry
     deadline = time.monotonic() + _FAREWELL_S
     while time.monotonic() < deadline:
+        now = time.monotonic()
+        # One without the memory for any submodel has ended, unless it still beats: then it waits.
+        fresh = 2 * registry.lease_s / HEARTBEATS_PER_LEASE
         waiting = [
             device
-            for device in coordinator.registry.devices.values()
+            for device in registry.devices.values()
             if not device.told_finished
-            and not device.unfit
-            and coordinator.registry.state(device, now=time.monotonic()) != "lost"
+            and (not device.unfit or now - device.last_seen < fresh)
+            and registry.state(device, now=now) != "lost"
         ]
         if not waiting:
             return

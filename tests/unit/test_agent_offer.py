@@ -22,7 +22,7 @@ class StandIn:
 
     def __init__(self, *, available, kind="rss", limit="host", resident=0):
         self.baseline = Baseline(kind, FLOOR, available, limit)
-        self.resident = resident
+        self.resident, self.shared = resident, 0
         self.pid = None
         self.closed = 0
 
@@ -31,6 +31,9 @@ class StandIn:
 
     def resident_bytes(self):
         return self.resident
+
+    def shared_bytes(self):
+        return self.shared
 
     def close(self):
         self.closed += 1
@@ -41,7 +44,7 @@ def agent_with(tmp_path: Path, monkeypatch, trainer, *, free=None, **settings):
     found = Agent(AgentSettings(data=[tmp_path / "x.txt"], **values))
     found._trainer = trainer
     monkeypatch.setattr(agent_module, "remembered_bandwidth", lambda _: 5)
-    monkeypatch.setattr(agent_module, "available_bytes", lambda: free)
+    monkeypatch.setattr(agent_module, "available_bytes", lambda: free or 0)
     return found
 
 
@@ -94,6 +97,23 @@ def test_free_memory_that_changed_is_another_offer(tmp_path, monkeypatch, free, 
     assert connection.offer == Offer(offered * MIB, FLOOR, "rss", 5)
 
 
+def test_libraries_that_another_group_pays_for_are_free_also_when_the_process_is_gone(
+    tmp_path, monkeypatch
+):
+    trainer = StandIn(available=1000 * MIB, resident=0)
+    trainer.shared = 90 * MIB
+    # Its floor is 300 MiB, and starting it took only 210 of what was available.
+    free = iter([910 * MIB, 700 * MIB, 910 * MIB, 610 * MIB])
+    agent = agent_with(tmp_path, monkeypatch, trainer)
+    monkeypatch.setattr(agent_module, "available_bytes", lambda: next(free))
+    connection = connected(agent)
+    assert connection.offer.memory_budget_bytes == 900 * MIB
+    agent._renew(connection)
+    assert connection.offer.memory_budget_bytes == 900 * MIB
+    agent._renew(connection)
+    assert connection.offer.memory_budget_bytes == 600 * MIB
+
+
 @pytest.mark.parametrize(("kind", "limit"), [("cuda", "GPU"), ("rss", "RLIMIT_DATA")])
 def test_a_limit_that_only_the_process_sees_is_not_looked_at_from_outside(
     tmp_path, monkeypatch, kind, limit
@@ -114,7 +134,9 @@ def test_a_task_that_does_not_fit_is_refused_with_the_missing_bytes():
         return SimpleNamespace(predicted_peak_bytes=peak, streamed=streamed, tensors=tensors)
 
     Agent._check_affordable(task(900 * MIB), offer)
-    with pytest.raises(OutOfMemory, match="needs 0.977 GiB, 100 MiB more than this device has free"):
+    with pytest.raises(
+        OutOfMemory, match="needs 0.977 GiB, 100 MiB more than this device has free"
+    ):
         Agent._check_affordable(task(1000 * MIB), offer)
     # A plan that is smaller than its own weights is not believed, but for streamed ones.
     large = (TensorInfo("w", "U8", (700 * MIB,), 700 * MIB, "0" * 64),)
@@ -145,7 +167,7 @@ def test_a_device_that_will_never_have_the_memory_ends(tmp_path, monkeypatch):
 
 
 def test_a_device_whose_memory_is_taken_for_a_while_waits_for_it(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(agent_module, "_STAY_PAUSE_S", 0.0)
+    monkeypatch.setattr(agent_module, "_SHORT_PAUSE_S", 0.0)
     agent = agent_with(tmp_path, monkeypatch, StandIn(available=1000 * MIB), free=400 * MIB)
     answers = Answers(agent._offer(), BudgetTooSmall("7 MiB short"), Finished("done"))
     assert agent._loop(answers, SimpleNamespace(working_on=lambda *_: None)) == 0
