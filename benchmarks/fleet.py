@@ -30,6 +30,7 @@ from fedpruner_client.ctl.admin import AdminClient
 from fedpruner_client.ctl.demo.run import BASE_MODEL_DIR
 from fedpruner_client.trainer import Trainer
 from fedpruner_common.errors import FedPrunerError
+from fedpruner_common.interrupt import raise_on_signals
 
 MIB = 1 << 20
 LAYERS = (3, 5, 8, 12)  # that the four limits are made for
@@ -275,6 +276,7 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="leave logs and state here")
     arguments = parser.parse_args()
     fleet = Fleet()
+    raise_on_signals()  # whatever ends this ends the devices too
     with tempfile.TemporaryDirectory() as name:
         folder = arguments.keep or Path(name)
         folder.mkdir(parents=True, exist_ok=True)

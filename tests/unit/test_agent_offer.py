@@ -135,7 +135,7 @@ def test_a_task_that_does_not_fit_is_refused_with_the_missing_bytes():
 
     Agent._check_affordable(task(900 * MIB), offer)
     with pytest.raises(
-        OutOfMemory, match="needs 0.977 GiB, 100 MiB more than this device has free"
+        OutOfMemory, match=r"needs 0\.977 GiB, 100 MiB more than this device has free"
     ):
         Agent._check_affordable(task(1000 * MIB), offer)
     # A plan that is smaller than its own weights is not believed, but for streamed ones.
