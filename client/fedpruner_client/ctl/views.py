@@ -1,6 +1,6 @@
 """The coordinator's answers as tables for people."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
@@ -53,12 +53,23 @@ def devices(reply: pb.DevicesReply) -> RenderableType:
             format_bytes(device.measured_peak_bytes) if device.measured_peak_bytes else "",
             f"{device.train_loss:.3f}" if device.train_loss else "",
         )
-    failures = [
-        Text(f"{device.client_id}: {device.last_failure}", style="yellow")
+    notes = [
+        Text(f"{device.client_id}: {note}", style="yellow")
         for device in reply.devices
-        if device.last_failure
+        for note in _notes(device)
     ]
-    return Group(table, *failures)
+    return Group(table, *notes)
+
+
+def _notes(device: pb.Device) -> Iterator[str]:
+    """What is to be known of a device beside its row."""
+    if device.last_failure:
+        yield device.last_failure
+    if device.too_much_bytes:
+        too_much = format_bytes(device.too_much_bytes)
+        yield f"has run out of memory; gets nothing any more that takes {too_much} above its floor"
+    if device.memory_ratio != 1.0:
+        yield f"its predictions are corrected by {device.memory_ratio:.2f}, from its own peaks"
 
 
 _STATES = {"lost": "[red]lost[/red]", "working": "[green]working[/green]"}
@@ -72,7 +83,7 @@ def rounds(reply: pb.RoundsReply) -> RenderableType:
         table.add_column(name)
     for item in reply.rounds:
         stored = sum(client.outcome == "stored" for client in item.clients)
-        remarks = [f"{c.client_id}: {c.reason}" for c in item.clients if c.reason]
+        remarks = [f"{c.client_id}: {remark}" for c in item.clients for remark in _remarks(c)]
         table.add_row(
             str(item.round),
             item.phase,
@@ -84,6 +95,17 @@ def rounds(reply: pb.RoundsReply) -> RenderableType:
             item.explanation or "; ".join(remarks),
         )
     return table
+
+
+def _remarks(client: pb.ClientRound) -> Iterator[str]:
+    """What did not go as planned with a client in a round."""
+    if client.too_large:
+        sizes = ", ".join(map(str, client.too_large))
+        yield f"had no memory for {sizes} components, got {client.num_components}"
+    if client.rungs:
+        yield f"made do with less ({', '.join(client.rungs)})"
+    if client.reason:
+        yield client.reason
 
 
 def plan(reply: pb.PlanReply, budget_bytes: int) -> RenderableType:
