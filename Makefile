@@ -31,7 +31,7 @@ base-model: $(READY)
 	$(BIN)/python tools/make_base_model.py
 
 benchmark: $(READY)
-	$(BIN)/python -m benchmarks.memory > benchmarks/results/memory.jsonl
+	$(BIN)/python -m benchmarks.memory
 
 clean:
 	rm -rf $(VENV) build dist runs .pytest_cache .ruff_cache .mypy_cache

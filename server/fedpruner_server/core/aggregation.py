@@ -97,9 +97,9 @@ class AggregationSettings:
     Attributes:
         method: of making one adapter out of several.
         error_feedback: keep what the new factors miss of the exact mean product, as a low-rank
-            residual of at most 4 r. It is part of the global model: the next round's target
-            contains it, and an export merges it. Measured before the server optimizer's step: what
-            that holds back is not a loss to be made up for.
+            residual of at most 4 r. The next round's target contains it; an exported adapter, of
+            rank r, does without. Measured before the server optimizer's step: what that holds back
+            is not a loss to be made up for.
         min_holders: a module that fewer clients trained keeps its values.
         shrink: c0; the step of a module with n holders is multiplied by n / (n + c0).
         server_optimizer: turns aggregated values into the next global ones.
@@ -336,9 +336,9 @@ def combine(
 
 
 def residual_factors(state: ServerState) -> dict[str, tuple[Array, Array]]:
-    """What an export has to merge beside the adapter: module -> (P, Q), float32.
+    """What the adapter cannot express, module -> (P, Q), float32: to be merged beside it.
 
-    The global model's weight is W + scaling (B A + P Q), with the scaling of LoRA (alpha / r).
+    With it the global weight is W + scaling (B A + P Q), with the scaling of LoRA (alpha / r).
 
     Returns:
         P (out_features, k), Q (k, in_features), for every module that has a residual.
