@@ -168,7 +168,7 @@ def test_the_next_task_begins_with_its_own_settings(bench):
 
 
 def test_a_task_that_is_aborted_is_not_tried_with_less(bench):
-    device = bench(BATCH_OF_2, "hang")
+    device = bench({"per_device_train_batch_size": 4}, "hang")
     running = threading.Event()
     aborting = threading.Thread(target=lambda: running.wait(60) and device.trainer.abort())
     aborting.start()
