@@ -30,6 +30,7 @@ from fedpruner_common.units import format_bytes
 
 _ADAPTER_HEADROOM_BYTES = 16 << 20  # the safetensors header of the largest adapters
 _STAY_PAUSE_S = 10.0
+_SHORT = "too little memory is free now: waiting for more"
 _SHORT_PAUSE_S = 3.0  # between looks at memory that others hold
 # Free memory comes and goes: only beyond these ratios is it another offer.
 _LESS, _MORE = 0.97, 1.1
@@ -195,7 +196,9 @@ class Agent:
             except BudgetTooSmall as error:
                 if connection.offer == joined_with:  # as it will be for ever
                     raise
-                self._log.warning("too little memory is free now, waiting", reason=str(error))
+                if said != _SHORT:
+                    self._log.warning(_SHORT, reason=str(error))
+                    said = _SHORT
                 self._trainer.close()
                 time.sleep(_SHORT_PAUSE_S)
                 continue
