@@ -5,12 +5,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
+import psutil
+
 from fedpruner_client.cache import Cache
 from fedpruner_client.config import AgentSettings
 from fedpruner_client.connection import Connection, Finished, Offer, Waiting
 from fedpruner_client.device import available_bytes
 from fedpruner_client.disk import remembered_bandwidth
 from fedpruner_client.trainer import Baseline, Trainer, describe_failure
+from fedpruner_common import malloc
 from fedpruner_common.child import Json
 from fedpruner_common.errors import (
     BudgetTooSmall,
@@ -228,7 +231,11 @@ class Agent:
         idle_s = time.monotonic() - self._idle_since
         if self._trainer.pid and idle_s >= self._settings.idle_s:
             self._trainer.close()
-            self._log.info("idle: the training process has ended, its memory is free again")
+            malloc.trim()
+            self._log.info(
+                "idle: the training process has ended, its memory is free again",
+                agent_holds=format_bytes(psutil.Process().memory_info().rss),
+            )
 
     def _work(self, task: Task | ProbeTask, connection: Connection, heartbeat: Heartbeat) -> None:
         """Do one task, or tell the coordinator why not."""

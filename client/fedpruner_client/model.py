@@ -1,7 +1,7 @@
 """Cached tensors -> a submodel with the task's adapter, ready to train."""
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,7 +134,20 @@ def build_submodel(
         _move_others(model, streamed, wanted, device)
     else:
         model = model.to(device)
-    return MappedModel(model, tuple(mapped.values()), wanted, device, streamed)
+    still = _used_by(model, streamed, mapped.values())
+    return MappedModel(model, still, wanted, device, streamed)
+
+
+def _used_by(
+    model: Any, streamed: Collection[int], mapped: Iterable[torch.Tensor]
+) -> tuple[torch.Tensor, ...]:
+    """The mappings that streamed layers are read from.
+
+    Those that were converted go: as long as one lives, the pages that were read count as memory.
+    """
+    layers = decoder_layers(model)
+    used = {p.untyped_storage().data_ptr() for i in streamed for p in layers[i].parameters()}
+    return tuple(tensor for tensor in mapped if tensor.untyped_storage().data_ptr() in used)
 
 
 def _move_others(

@@ -23,12 +23,12 @@ from fedpruner_client.device import available_bytes, memory_limits, tightest
 from fedpruner_client.gpu import gpu_offer, limit_allocator
 from fedpruner_client.memory import resident_bytes
 from fedpruner_client.model import LocalTensor
-from fedpruner_client.out_of_memory import is_out_of_memory
 from fedpruner_client.workshop import ProbeWork, Work, Workshop
 from fedpruner_common.child import Job, Json, Progress, serve
 from fedpruner_common.components import ComponentId
 from fedpruner_common.errors import ConfigError, OutOfMemory
 from fedpruner_common.manifest import TensorInfo
+from fedpruner_common.out_of_memory import is_out_of_memory
 from fedpruner_common.statistics import Granularity, Score, statistics_to_json
 from fedpruner_common.submodel import Submodel
 from fedpruner_common.task import BridgeKind, BridgeSettings, LoraSettings, TrainingSettings

@@ -126,6 +126,8 @@ class Trainer:
                 if found is None:
                     tried = f" after {', '.join(rungs)}" if rungs else ""
                     raise OutOfMemory(f"{reason}{tried}") from error
+                if self._aborted:  # while the process was being closed
+                    raise
             rung, training = found
             rungs.append(rung)
             self._log.warning("out of memory: trying with less", reason=reason, now=rung)

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from fedpruner_client.out_of_memory import is_out_of_memory
+from fedpruner_common.out_of_memory import is_out_of_memory
 
 HUGE = 1 << 40
 
@@ -15,7 +15,7 @@ HUGE = 1 << 40
 PROVOKED = f"""
 import mmap, resource, tempfile
 import torch
-from fedpruner_client.out_of_memory import is_out_of_memory
+from fedpruner_common.out_of_memory import is_out_of_memory
 
 file = tempfile.TemporaryFile()
 file.truncate({HUGE})
@@ -120,7 +120,7 @@ def test_nothing_else_is(error: BaseException) -> None:
 def test_it_works_where_torch_is_not_loaded() -> None:
     program = (
         "import sys\n"
-        "from fedpruner_client.out_of_memory import is_out_of_memory\n"
+        "from fedpruner_common.out_of_memory import is_out_of_memory\n"
         "assert is_out_of_memory(MemoryError()) and not is_out_of_memory(RuntimeError('x'))\n"
         "assert 'torch' not in sys.modules\n"
     )

@@ -18,6 +18,7 @@ from fedpruner_common.manifest import ITEM_BYTES, TensorInfo
 from fedpruner_common.modeling.anatomy import LayerAnatomy
 from fedpruner_common.modeling.meta import causal_lm_class
 from fedpruner_common.modeling.stubs import apply_stubs
+from fedpruner_common.out_of_memory import is_out_of_memory
 from fedpruner_common.submodel import Submodel
 
 TORCH_DTYPES = {
@@ -115,6 +116,8 @@ def load_submodel(
             None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
         )
     except (RuntimeError, ValueError, KeyError) as error:
+        if is_out_of_memory(error):
+            raise
         raise ModelError(f"the submodel's tensors cannot be loaded: {error}") from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[what]:
