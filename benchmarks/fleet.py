@@ -225,7 +225,7 @@ def rows_of(state_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def report(fleet: Fleet, state_dir: Path, ended: str) -> list[Any]:
+def report(fleet: Fleet, state_dir: Path, ended: str, arguments: argparse.Namespace) -> list[Any]:
     rows = rows_of(state_dir)
     records: list[dict[str, Any]] = []
     for device in fleet.devices:
@@ -258,7 +258,9 @@ def report(fleet: Fleet, state_dir: Path, ended: str) -> list[Any]:
         "kernel_kills": sum(r["kernel_kills"] for r in records),
         "uncaught": sum(r["agent_died"] for r in records),
         "ended": ended,
-        "command": " ".join(["python -m benchmarks.fleet", *sys.argv[1:]]),
+        "command": f"python -m benchmarks.fleet --num-rounds {arguments.num_rounds} "
+        f"--max-steps {arguments.max_steps} --clients-per-round {arguments.clients_per_round} "
+        f"--seed {arguments.seed}",
         "machine": f"{platform.machine()}, {platform.release()}",
         "python": platform.python_version(),
     }
@@ -289,7 +291,7 @@ def main() -> None:
             data = list(headers(folder / "text").train)
             start_devices(fleet, folder, address, limits, data)
             ended = watch(fleet, address, arguments)
-            records = report(fleet, folder / "server", ended)
+            records = report(fleet, folder / "server", ended, arguments)
         finally:
             fleet.end()
     text = "".join(json.dumps(record) + "\n" for record in records)
