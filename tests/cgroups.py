@@ -41,6 +41,15 @@ class Group:
         with contextlib.suppress(OSError):  # where swap is accounted at all
             (self.path / swap).write_text(str(num_bytes if self.is_v1 else 0))
 
+    def raise_limit(self) -> None:
+        """Let the group have all that there is."""
+        if self.is_v1:
+            for name in ("memory.memsw.limit_in_bytes", "memory.limit_in_bytes"):
+                with contextlib.suppress(OSError):
+                    (self.path / name).write_text("-1")
+        else:
+            (self.path / "memory.max").write_text("max")
+
     def peak_bytes(self) -> int | None:
         """Most that was charged at once, cached pages of files too; None before Linux 5.19 (v2)."""
         name = "memory.max_usage_in_bytes" if self.is_v1 else "memory.peak"

@@ -23,11 +23,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import transformers
 from cgroups import Group, memory_group
+from safetensors.torch import load_file
 from torch_support import Architecture, TinyModel
 
-from fedpruner_common.budget import predicted_peak_bytes
+from fedpruner_common.budget import predicted_peak_bytes, streamed_peak_bytes
 from fedpruner_common.child import Child
 from fedpruner_common.errors import ChildDied, OutOfMemory
 from fedpruner_common.spec import ModelSpec
@@ -369,6 +371,38 @@ def test_under_a_limit_of_its_own_the_process_says_so_and_lives(
         with pytest.raises(OutOfMemory, match="memory ran out"):
             ready.child.call("train", full)
     assert ready.child.pid == pid
+
+
+# What is streamed
+
+
+@pytest.mark.parametrize("held", ["anonymous", "mapped"])
+def test_below_its_own_weights_the_streamed_full_model_trains_to_the_same_adapter(
+    held: str, models: dict[str, Stored], group: Group, ready: Ready, tmp_path: Path
+) -> None:
+    stored, room = models[held], 70 * MIB
+    weights = stored.spec.memory.shared_weight_bytes + sum(stored.spec.memory.weight_bytes.values())
+    assert room < weights
+    layers = range(stored.spec.num_layers)
+    full = stored.spec.full()
+    streamed = {**stored.task(tmp_path / "streamed", full), "streamed": list(layers)}
+    again = {**stored.task(tmp_path / "again", full), "streamed": list(layers)}
+    expected = streamed_peak_bytes(stored.spec.memory, layers, floor_bytes=ready.floor_bytes)
+    stored.cool()
+    ready.allow(group, room)
+    _, peak = ready.train(streamed)
+    assert expected == pytest.approx(peak, rel=0.03)
+    used = group.peak_bytes()
+    assert used is None or used <= room
+    # The same again, weights read again; then without a limit and with all in memory.
+    ready.train(again)
+    resident = stored.task(tmp_path / "resident", full)
+    group.raise_limit()
+    ready.train(resident)
+    found, same, reference = (load_file(t["update"]) for t in (streamed, again, resident))
+    assert all(torch.equal(found[name], same[name]) for name in found)
+    for name, value in reference.items():
+        assert (found[name] - value).abs().max() <= 1e-5 * value.abs().max(), name
 
 
 # What is made smaller
