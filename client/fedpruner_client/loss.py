@@ -184,8 +184,9 @@ def _chunk_loss(
     with torch.enable_grad():
         logits = head(chunk)
     edge, dtype = get_gradient_edge(logits), logits.dtype
-    slope = _log_softmax(logits.detach())
+    slope = logits.detach().float()
     del logits  # backward needs the graph and not them
+    slope = torch.log_softmax(slope, dim=-1)
     loss = _cross_entropy(slope, wanted)
     # By the logits, in place: the probabilities, less one for the wanted token.
     slope.exp_()

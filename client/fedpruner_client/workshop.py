@@ -262,6 +262,7 @@ class Workshop:
             streamed=work.streamed,
         )
         model = add_adapter(built.model, work.lora, adapter)
+        adapter.clear()  # the file it was read from is in memory as long as any tensor of it
         installed = (
             install_bridges(built.model, skeleton.anatomy, work.submodel, bridges)
             if bridges is not None

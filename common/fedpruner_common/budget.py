@@ -1,6 +1,6 @@
 """The byte model: what a submodel costs to train, and what of it fits a budget.
 
-    peak = floor + 12 MiB + weights + 12 P + activations          P = LoRA parameters, float32
+    peak = floor + text + weights + 12 P + activations          P = LoRA parameters, float32
 
 12 P is the adapter and AdamW's two moments, 6 P with moments of 8 bit; the gradients (4 P more)
 exist only while activations are already going, so the optimizer step, 16 P without activations, is
@@ -9,9 +9,9 @@ component plus the larger of the loss's buffers and one component's temporaries.
 checkpointing: one input per kept layer, and the larger of the loss's buffers and one whole layer
 recomputed.
 
-The 12 MiB are the tokenizer, the tokens and the model's own code. All this holds only where the
-training process sets a low mmap threshold; see `malloc.py`. `benchmarks/memory` compares it with
-measured peaks.
+Text is the tokenizer, the tokens, the model's own code and what torch keeps of the kernels it uses.
+All this holds only where the training process sets a low mmap threshold; see `malloc.py`.
+`benchmarks/memory` compares it with measured peaks.
 
 Source: METHOD.md 2.3 and ENGINEERING.md A4 of the project's notes; saved bytes are counted exactly
 by a forward pass on the meta device (server `describe`).
@@ -25,7 +25,7 @@ from fedpruner_common.task import BridgeKind, BridgeSettings
 
 _ADAM_BYTES = 12.0  # per LoRA parameter: value 4, first and second moment 8
 _GRADIENT_BYTES = 4
-TEXT_BYTES = 12 << 20
+TEXT_BYTES = 12 << 20  # where nobody has looked at the model; at least that
 _HIDDEN_COPIES = 5  # before and after a layer, behind a run, and what is written to disk
 
 
@@ -49,6 +49,7 @@ class MemoryProfile:
         num_batches: micro-batches of one round.
         trained_bytes: per LoRA parameter: its value and the optimizer's moments.
         loss_chunk: tokens whose logits exist at a time, of which `loss_bytes` is; 0 for all.
+        text_bytes: tokenizer, tokens and the model's own code.
     """
 
     weight_bytes: Mapping[ComponentId, int]
@@ -65,6 +66,7 @@ class MemoryProfile:
     num_batches: int = 1
     trained_bytes: float = _ADAM_BYTES
     loss_chunk: int = 0
+    text_bytes: int = TEXT_BYTES
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def peak_bytes(profile: MemoryProfile, wanted: Demand, *, floor_bytes: int) -> i
     trained = round(profile.trained_bytes * wanted.lora_parameters)
     training = trained + activation_bytes(profile, wanted)
     stepping = trained + _GRADIENT_BYTES * wanted.lora_parameters
-    return floor_bytes + TEXT_BYTES + weights + max(converting, training, stepping)
+    return floor_bytes + profile.text_bytes + weights + max(converting, training, stepping)
 
 
 def predicted_peak_bytes(
@@ -176,7 +178,7 @@ def sweep_peak_bytes(profile: MemoryProfile, bridge: BridgeSettings, *, floor_by
     if bridge.local and bridge.kind is not BridgeKind.OFF:
         moments = 4 * 8 * (profile.hidden_size + 1) ** 2
     passing = max(profile.temporary_bytes.values(), default=0)
-    return floor_bytes + TEXT_BYTES + weights + adapter + hidden + moments + passing
+    return floor_bytes + profile.text_bytes + weights + adapter + hidden + moments + passing
 
 
 def streamed_peak_bytes(
@@ -225,7 +227,7 @@ def streamed_peak_bytes(
     trained = round(profile.trained_bytes * parameters)
     training = trained + activations
     stepping = trained + _GRADIENT_BYTES * parameters
-    return floor_bytes + TEXT_BYTES + weights + max(converting, training, stepping)
+    return floor_bytes + profile.text_bytes + weights + max(converting, training, stepping)
 
 
 def streaming_seconds(

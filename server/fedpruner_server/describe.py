@@ -26,6 +26,8 @@ from fedpruner_server.config import LoraOptions, TrainingOptions
 _LOSS_BYTES_PER_LOGIT = 12  # log-softmax and two gradients in float32; the logits are gone by then
 _CHUNK_BYTES_PER_LOGIT = 8  # the logits and their log-softmax, which becomes the gradient in place
 _CHUNK_BYTES = 128 << 20  # what `loss_chunk = auto` lets the loss take
+_CODE_BYTES = 17 << 20  # the model's own code, and what torch keeps of the kernels it uses
+_TOKEN_BYTES = 340  # of the tokenizer, per entry
 _SMALLEST_CHUNK = 64  # tokens; below it the head's weights are read more than they are worth
 _TRAINED_BYTES = {"adamw": 12.0, "adamw_8bit": 4 + 2 * (1 + 4 / 256)}  # a scale per 256 values
 
@@ -207,6 +209,7 @@ def _memory_profile(
             c: num_tokens * (3 * w + 2 * text_config.hidden_size) * 4 for c, w in width.items()
         },
         loss_bytes=_loss_bytes(num_tokens, text_config, loss_chunk, item_bytes),
+        text_bytes=_CODE_BYTES + _TOKEN_BYTES * text_config.vocab_size,
         gradient_checkpointing=training.gradient_checkpointing,
         hidden_size=text_config.hidden_size,
         num_batches=training.max_steps * training.gradient_accumulation_steps,
@@ -229,7 +232,9 @@ def _loss_chunk(wanted: int | str, num_tokens: int, vocab_size: int) -> int:
 
 def _loss_bytes(num_tokens: int, config: PreTrainedConfig, loss_chunk: int, item_bytes: int) -> int:
     """Most that the loss takes beside what is saved."""
+    # A cap on the logits (Gemma 2) saves what it computes for its backward.
+    capped = item_bytes if getattr(config, "final_logit_softcapping", None) else 0
     if not loss_chunk:
-        return int(num_tokens * config.vocab_size * _LOSS_BYTES_PER_LOGIT)
+        return int(num_tokens * config.vocab_size * (_LOSS_BYTES_PER_LOGIT + capped))
     gradients = 2 * num_tokens * config.hidden_size * item_bytes  # the loss's, and it scaled
-    return int(loss_chunk * config.vocab_size * _CHUNK_BYTES_PER_LOGIT + gradients)
+    return int(loss_chunk * config.vocab_size * (_CHUNK_BYTES_PER_LOGIT + 2 * capped) + gradients)
