@@ -2,9 +2,10 @@
 
     accuracy   the byte model against the kernel's peak: benchmarks/results/memory.jsonl
     headline   a device with memory for two layers, and what others need: memory-headline.jsonl
-    report     docs/memory.md from both
+    modes      one limit, several ways to live with it (needs root): memory-modes.jsonl
+    report     docs/memory.md from all of them
 
-Without a name all three. What has a record is not measured again.
+Without a name all four. What has a record is not measured again.
 """
 
 import argparse
@@ -15,13 +16,13 @@ from pathlib import Path
 
 import transformers
 
-from benchmarks.memory import accuracy, headline, report
+from benchmarks.memory import accuracy, headline, modes, report
 from benchmarks.memory.agent import MIB, Bench
 from benchmarks.memory.records import append, read
 from fedpruner_client.ctl.demo.domains import write_domain
 from fedpruner_common.errors import FedPrunerError
 
-_PARTS = ("accuracy", "headline", "report")
+_PARTS = ("accuracy", "headline", "modes", "report")
 
 
 def main() -> None:
@@ -45,6 +46,8 @@ def main() -> None:
             _accuracy(work, text, arguments.jobs, arguments.only)
         if "headline" in parts:
             headline.run(work, text, arguments.only)
+        if "modes" in parts:
+            modes.run(work, text)
     if "report" in parts:
         report.write()
 

@@ -142,15 +142,28 @@ class Bench:
             self._made = (shape, model_dir, blocks)
         return self._made[1:]
 
+    @property
+    def blobs(self) -> Path:
+        """Where the model's tensors are, one file each."""
+        return self._folder / "blobs"
+
+    @property
+    def update(self) -> Path:
+        """What the last training has written."""
+        return self._folder / "update.safetensors"
+
+    def describe(self, setup: Setup) -> ModelSpec:
+        """The facts of a setup's model."""
+        model_dir, blocks = self.model(setup.shape)
+        tensors = blocks.tensors.values()
+        return describe(self._worker, model_dir, tensors, setup.lora, setup.training)
+
     def measure(self, setup: Setup) -> dict[str, Any]:
         """Floor, predicted and measured peak of one setup, bytes, and the prediction's terms."""
-        model_dir, blocks = self.model(setup.shape)
-        spec = describe(
-            self._worker, model_dir, blocks.tensors.values(), setup.lora, setup.training
-        )
-        with self._process() as process:
+        spec = self.describe(setup)
+        with self.process() as process:
             floor: int = process.call("measure", {"device": "cpu"})["floor_bytes"]
-            result = process.call("train", self._arguments(setup, spec, model_dir, blocks))
+            result = process.call("train", self.arguments(setup, spec))
         return {
             "floor_bytes": floor,
             "predicted_bytes": predict(spec, setup, floor_bytes=floor),
@@ -160,7 +173,7 @@ class Bench:
         }
 
     @contextmanager
-    def _process(self) -> Iterator[Child]:
+    def process(self) -> Iterator[Child]:
         process = Child(
             "fedpruner_client.train_jobs",
             log_path=self._folder / "training.log",
@@ -171,9 +184,9 @@ class Bench:
         finally:
             process.close()
 
-    def _arguments(
-        self, setup: Setup, spec: ModelSpec, model_dir: Path, blocks: BlockStore
-    ) -> dict[str, Any]:
+    def arguments(self, setup: Setup, spec: ModelSpec) -> dict[str, Any]:
+        """A task as the agent words it; its adapter is written."""
+        model_dir, blocks = self.model(setup.shape)
         submodel = setup.submodel
         sweeps = setup.bridge.sweeps and not submodel.is_full
         own = spec.tensor_names(submodel)
@@ -190,8 +203,7 @@ class Bench:
 
         def located(names: Iterable[str]) -> list[dict[str, Any]]:
             infos = [blocks.tensors[name] for name in sorted(names)]
-            folder = self._folder / "blobs"
-            return [{**asdict(info), "path": str(folder / info.hash)} for info in infos]
+            return [{**asdict(info), "path": str(self.blobs / info.hash)} for info in infos]
 
         return {
             "task_id": "benchmark",
@@ -208,7 +220,7 @@ class Bench:
             "lora": {**setup.lora.model_dump(), "target_modules": modules},
             "training": training,
             "adapter": str(adapter),
-            "update": str(self._folder / "update.safetensors"),
+            "update": str(self.update),
             "data": [str(self._text)],
             "device": "cpu",
             "memory_budget_bytes": _NO_LIMIT,
