@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean
 
-from benchmarks.memory import accuracy, headline
+from benchmarks.memory import accuracy, headline, modes
 from benchmarks.memory.agent import MIB
 from benchmarks.memory.headline import (
     MEASURED,
@@ -28,17 +28,23 @@ _MIB_LIMIT = 10_000  # MiB; from there on GiB
 def write(path: Path = PAGE) -> None:
     """Write the page."""
     before = [accuracy.with_errors(record) for record in read(accuracy.BEFORE)]
-    text = page(accuracy.records(), _headline_records(), before)
+    text = page(accuracy.records(), _headline_records(), before, read(modes.RECORDS))
     path.write_text(text, encoding="utf-8")
 
 
-def page(errors: Sequence[Record], found: Sequence[Record], before: Sequence[Record] = ()) -> str:
+def page(
+    errors: Sequence[Record],
+    found: Sequence[Record],
+    before: Sequence[Record] = (),
+    ways: Sequence[Record] = (),
+) -> str:
     """The page.
 
     Args:
         errors: of `accuracy.records`.
         found: of the headline.
         before: like `errors`, of the byte model and the agent before they were corrected.
+        ways: of `modes`.
     """
     lines = [
         "# Memory",
@@ -55,6 +61,7 @@ def page(errors: Sequence[Record], found: Sequence[Record], before: Sequence[Rec
         *_section_accuracy(errors, before),
         *_section_measured(found),
         *_section_predicted(found),
+        *_section_modes(ways),
         *_section_run(errors, found),
     ]
     return "\n".join(lines) + "\n"
@@ -323,10 +330,50 @@ def _parts(records: dict[tuple[str, int], Record], plain: str, full: int) -> lis
     return lines
 
 
+def _section_modes(ways: Sequence[Record]) -> list[str]:
+    if not ways:
+        return []
+    limit = next(way["room_mib"] for way in ways if way["room_mib"])
+    lines = [
+        "## 4. One limit, several ways to live with it",
+        "",
+        f"A Llama of {modes.LLAMA.layers} layers (width {modes.LLAMA.hidden}), 4 sequences of 256 "
+        f"tokens, {modes.STEPS} steps, in a control group that allows {limit} MiB beyond what "
+        "torch takes; weights mapped from files that were not in memory. *Read* is what the disk "
+        "was made to read in the whole task, the first time included. Seconds are of a shared "
+        "machine: look at ratios. What each way is worth in loss is in [results.md](results.md).",
+        "",
+        "| way | layers that train | of them streamed | peak | predicted | s per step | s before "
+        "| read |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for way in ways:
+        if "killed" in way:
+            lines.append(f"| {way['mode']} | {way['layers']} | | killed | | | | |")
+            continue
+        cells = [
+            way["mode"], str(way["layers"]), str(way["streamed"]),
+            _size(way["measured_bytes"]), _size(way["predicted_bytes"]),
+            f"{way['seconds_per_step']:.1f}", f"{way['seconds_before_the_first_step']:.1f}",
+            _size(way["bytes_read"]),
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    full = [way["update"] for way in ways if way.get("layers") == modes.LLAMA.layers
+            and "update" in way]  # fmt: skip
+    if len(full) > 1:
+        same = "bit for bit" if len(set(full)) == 1 else "NOT the same"
+        lines += [
+            "",
+            f"The {len(full)} trainings of all layers, streamed and in memory, with the limit and "
+            f"without: the same adapter {same}.",
+        ]
+    return [*lines, ""]
+
+
 def _section_run(errors: Sequence[Record], found: Sequence[Record]) -> list[str]:
     everything = [*errors, *found]
     lines = [
-        "## 4. What was run",
+        "## 5. What was run",
         "",
         "- Command: `python -m benchmarks.memory`; its parts are `accuracy`, `headline` and "
         "`report`.",
