@@ -397,6 +397,7 @@ ASKED: dict[str, Any] = {
 # Not the method's: what a device keeps free, and options that those above leave without effect.
 SILENT = {"margin", "coverage_kappa", "coverage_rounds", "bridge_rank", "bridge_data"}
 SILENT |= {"statistics_drift"}  # every round is due anyway
+SILENT |= {"stream_seconds"}  # nothing is streamed
 
 
 def test_the_paper_profile_sets_every_option_that_the_statements_ask_for():

@@ -127,9 +127,10 @@ def _section_accuracy(errors: Sequence[Record], before: Sequence[Record]) -> lis
         "and run after the last correction of the byte model but one: with 22 MiB for a model's "
         "own code they came out 0.8 % too high on average, other models more, so it is 17 now. "
         "The others are those it was made and corrected with. Each is trained for two steps after "
-        "a dry run at full length, as the agent does it, with byte-level tokenizers of the vocabulary's size. *Before the "
-        "corrections* are the configurations *used for the model*, as it and the agent were when "
-        "most of them were drawn: what a fresh look found, and why there were corrections.",
+        "a dry run at full length, as the agent does it, with byte-level tokenizers of the "
+        "vocabulary's size. *Before the corrections* are the configurations *used for the model*, "
+        "as it and the agent were when most of them were drawn: what a fresh look found, and why "
+        "there were corrections.",
         "",
         "The byte model counts the whole embedding. Where it is mapped from its file, only the "
         "rows of tokens that have occurred are in memory, so with a large vocabulary and an "

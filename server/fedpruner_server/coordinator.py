@@ -106,9 +106,12 @@ class Coordinator:
 
     def budget_of(self, device: Device) -> int:
         """What planning may take as the device's budget, after its calibration."""
+        if self.spec is None:
+            return device.memory_budget_bytes
         return method.calibrated_budget(
             self.plan_settings(),
             self.calibration(device.client_id),
+            self.spec,
             budget_bytes=device.memory_budget_bytes,
             floor_bytes=device.floor_bytes,
         )

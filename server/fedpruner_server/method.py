@@ -9,7 +9,11 @@ from math import ceil
 
 import numpy as np
 
-from fedpruner_common.budget import bridge_bytes_per_run, sweep_peak_bytes
+from fedpruner_common.budget import (
+    bridge_bytes_per_run,
+    predicted_peak_bytes,
+    sweep_peak_bytes,
+)
 from fedpruner_common.components import ComponentId, all_components
 from fedpruner_common.manifest import FileInfo, TensorInfo
 from fedpruner_common.spec import ModelSpec
@@ -223,12 +227,20 @@ def task_plan(
 
 
 def calibrated_budget(
-    plan: PlanSettings, calibration: Calibration, *, budget_bytes: int, floor_bytes: int
+    plan: PlanSettings,
+    calibration: Calibration,
+    spec: ModelSpec,
+    *,
+    budget_bytes: int,
+    floor_bytes: int,
 ) -> int:
     """The budget with which the byte model as it is plans what the calibrated one would."""
     if calibration == UNCALIBRATED:
         return budget_bytes
-    usable = calibration.usable_bytes(plan.usable_bytes(budget_bytes), floor_bytes)
+    nothing = predicted_peak_bytes(spec.memory, (), floor_bytes=0)
+    usable = calibration.usable_bytes(
+        plan.usable_bytes(budget_bytes), floor_bytes, fixed_bytes=nothing
+    )
     return ceil(max(0, usable) / (1 - plan.margin))
 
 

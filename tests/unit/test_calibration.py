@@ -2,7 +2,6 @@
 
 import pytest
 
-from fedpruner_common.budget import TEXT_BYTES
 from fedpruner_common.task import UpdateMetrics
 from fedpruner_server.core.calibration import (
     UNCALIBRATED,
@@ -54,10 +53,16 @@ def test_what_ran_out_of_memory_is_never_forgotten():
 
 
 def test_the_same_size_is_never_planned_again():
-    calibration = Calibration(1.0, too_much_bytes=TEXT_BYTES + 500)
-    assert calibration.usable_bytes(1 << 40, FLOOR) == FLOOR + TEXT_BYTES + 450
+    calibration = Calibration(1.0, too_much_bytes=500)
+    assert calibration.usable_bytes(1 << 40, FLOOR) == FLOOR + 450
     assert calibration.usable_bytes(600, FLOOR) == 600
-    assert Calibration(1.0, too_much_bytes=500).usable_bytes(1 << 40, FLOOR) == FLOOR + 499
+
+
+def test_of_what_no_submodel_can_do_without_nothing_is_saved():
+    calibration = Calibration(1.0, too_much_bytes=500)
+    assert calibration.usable_bytes(1 << 40, FLOOR, fixed_bytes=300) == FLOOR + 300 + 180
+    assert calibration.usable_bytes(1 << 40, FLOOR, fixed_bytes=496) == FLOOR + 499
+    assert calibration.usable_bytes(1 << 40, FLOOR, fixed_bytes=800) == FLOOR + 499
 
 
 def test_a_corrected_prediction_fits_where_its_size_was_planned():

@@ -223,13 +223,14 @@ def test_a_calibrated_plan_expects_what_the_device_has_shown():
         (UNCALIBRATED, 900),  # 10 % of 1000 stay free
         (Calibration(1.25), 400 + 500 / 1.25),
         (Calibration(0.5), 400 + 500 / 0.5),
-        (Calibration(1.0, too_much_bytes=300), 400 + 299),  # less than what was too much
+        (Calibration(1.0, too_much_bytes=300), 400 + 276),  # 60 of it is every submodel's
         (Calibration(2.0, too_much_bytes=300), 400 + 250),
     ],
 )
 def test_a_calibrated_budget_plans_what_the_device_can_hold(calibration, usable):
     plan = replace(plan_settings(settings_of(), None), margin=0.1)
-    budget = calibrated_budget(plan, calibration, budget_bytes=1000, floor_bytes=400)
+    spec = toy_spec(3, toy_memory(3, shared_weight_bytes=20, text_bytes=40))
+    budget = calibrated_budget(plan, calibration, spec, budget_bytes=1000, floor_bytes=400)
     assert plan.usable_bytes(budget) == usable
 
 

@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
-from fedpruner_common.budget import TEXT_BYTES
-
 _TOLERANCE = 0.03  # of the whole peak: what the byte model is off by on machines like ours
 _RECENT = 5  # observations that count
 _STEPS = 32  # ratios are rounded up to a multiple of one part in so many
@@ -53,12 +51,18 @@ class Calibration:
         """The peak to expect where the byte model says `predicted_bytes`."""
         return floor_bytes + round(self.ratio * (predicted_bytes - floor_bytes))
 
-    def usable_bytes(self, usable_bytes: int, floor_bytes: int) -> int:
-        """What the byte model may predict at most where `usable_bytes` may be used."""
+    def usable_bytes(self, usable_bytes: int, floor_bytes: int, *, fixed_bytes: int = 0) -> int:
+        """What the byte model may predict at most where `usable_bytes` may be used.
+
+        Args:
+            usable_bytes: of the device, floor included.
+            floor_bytes: its training process before any model.
+            fixed_bytes: what every submodel takes beyond that.
+        """
         above_floor = int((usable_bytes - floor_bytes) / self.ratio)
         if self.too_much_bytes is not None:
             # Of what a smaller submodel makes smaller, a tenth less at least.
-            fixed = min(TEXT_BYTES, self.too_much_bytes)
+            fixed = min(fixed_bytes, self.too_much_bytes)
             less = fixed + int(_SHRINK * (self.too_much_bytes - fixed))
             above_floor = min(above_floor, less, self.too_much_bytes - 1)
         return floor_bytes + above_floor
