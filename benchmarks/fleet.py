@@ -24,7 +24,7 @@ from typing import Any
 
 from tests.cgroups import Group
 
-from benchmarks.quality.domains import headers
+from benchmarks.quality.domains import Domain, headers
 from fedpruner_client.config import AgentSettings
 from fedpruner_client.ctl.admin import AdminClient
 from fedpruner_client.ctl.demo.run import BASE_MODEL_DIR
@@ -101,8 +101,7 @@ def in_group(
             output.close()
 
 
-def server_config(folder: Path, arguments: argparse.Namespace) -> Path:
-    domain = headers(folder / "text")
+def server_config(folder: Path, domain: Domain, arguments: argparse.Namespace) -> Path:
     path = folder / "server.toml"
     path.write_text(
         f"""
@@ -283,13 +282,13 @@ def main() -> None:
         folder = arguments.keep or Path(name)
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            config = server_config(folder, arguments)
+            domain = headers(folder / "text")
+            config = server_config(folder, domain, arguments)
             address = start_server(fleet, folder, config)
             base = anonymous_floor(folder) + AGENT_BYTES + RESERVE_BYTES
             wanted = model_bytes(address)
             limits = [base + int(1.08 * wanted[k]) for k in LAYERS for _ in range(2)]
-            data = list(headers(folder / "text").train)
-            start_devices(fleet, folder, address, limits, data)
+            start_devices(fleet, folder, address, limits, list(domain.train))
             ended = watch(fleet, address, arguments)
             records = report(fleet, folder / "server", ended, arguments)
         finally:

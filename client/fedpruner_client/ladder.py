@@ -8,9 +8,7 @@ the coordinator's to choose: it knows what the parts are worth.
 
 from dataclasses import replace
 
-from fedpruner_common.task import TrainingSettings
-
-_SMALLEST_CHUNK = 64  # tokens; below it the head's weights are read more than they are worth
+from fedpruner_common.task import SMALLEST_LOSS_CHUNK, TrainingSettings
 
 
 def next_rung(training: TrainingSettings) -> tuple[str, TrainingSettings] | None:
@@ -27,7 +25,7 @@ def next_rung(training: TrainingSettings) -> tuple[str, TrainingSettings] | None
     if not training.gradient_checkpointing:
         return "gradient checkpointing", replace(training, gradient_checkpointing=True)
     chunk = training.loss_chunk or training.max_seq_length
-    if chunk > _SMALLEST_CHUNK:
-        name = f"loss chunk {chunk} -> {_SMALLEST_CHUNK}"
-        return name, replace(training, loss_chunk=_SMALLEST_CHUNK)
+    if chunk > SMALLEST_LOSS_CHUNK:
+        name = f"loss chunk {chunk} -> {SMALLEST_LOSS_CHUNK}"
+        return name, replace(training, loss_chunk=SMALLEST_LOSS_CHUNK)
     return None

@@ -7,8 +7,7 @@ logits twice in float32, instead of all tokens' three times, and one more copy o
 Source: METHOD.md 2.3 of the project's notes.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from fedpruner_common.errors import ModelError
 from fedpruner_common.modeling.data import IGNORED
+from fedpruner_common.modeling.forwards import replaced_forwards
 
 Head = Callable[[torch.Tensor], torch.Tensor]
 
@@ -91,7 +91,14 @@ def _head(causal_lm: Any, decoder: nn.Module, output_type: type) -> Head:
 
     def head(rows: torch.Tensor) -> torch.Tensor:
         ids = torch.zeros(1, len(rows), dtype=torch.long, device=rows.device)
-        with _answering(decoder, output_type(last_hidden_state=rows[None])) as asked:
+        asked = False
+
+        def answer(*_args: Any, **_kwargs: Any) -> Any:
+            nonlocal asked
+            asked = True
+            return output_type(last_hidden_state=rows[None])
+
+        with replaced_forwards({decoder: answer}):
             logits: torch.Tensor = causal_lm(input_ids=ids).logits
         if not asked:
             raise ModelError(
@@ -101,24 +108,6 @@ def _head(causal_lm: Any, decoder: nn.Module, output_type: type) -> Head:
         return logits[0]
 
     return head
-
-
-@contextmanager
-def _answering(decoder: nn.Module, output: Any) -> Iterator[list[bool]]:
-    """Within a `with` block, a decoder gives this output; the list grows when it is asked."""
-    asked: list[bool] = []
-
-    def forward(*_args: Any, **_kwargs: Any) -> Any:
-        asked.append(True)
-        return output
-
-    own = {"forward": decoder.__dict__["forward"]} if "forward" in decoder.__dict__ else {}
-    decoder.__dict__["forward"] = forward
-    try:
-        yield asked
-    finally:
-        del decoder.__dict__["forward"]
-        decoder.__dict__.update(own)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -169,7 +158,7 @@ def _total_loss(
         chunk = hidden.detach()[some]
         if gradient is None:
             with torch.no_grad():
-                total += _cross_entropy(_log_softmax(head(chunk)), wanted)
+                total += _cross_entropy(torch.log_softmax(head(chunk).float(), dim=-1), wanted)
         else:
             loss, gradient[some] = _chunk_loss(head, chunk, wanted)
             total += loss
@@ -193,10 +182,6 @@ def _chunk_loss(
     slope[torch.arange(len(wanted), device=wanted.device), wanted] -= 1
     (gradient,) = torch.autograd.grad(edge, chunk, slope.to(dtype))
     return loss, gradient
-
-
-def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
-    return torch.log_softmax(logits, dim=-1, dtype=torch.float32)
 
 
 def _cross_entropy(log_probabilities: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

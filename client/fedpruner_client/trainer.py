@@ -78,18 +78,18 @@ class Trainer:
 
     def resident_bytes(self) -> int:
         """Memory the process holds now; 0 when there is none."""
-        pid = self._child.pid
-        try:
-            return int(psutil.Process(pid).memory_info().rss) if pid else 0
-        except psutil.NoSuchProcess:  # it ended between the two
-            return 0
+        return self._memory("rss")
 
     def shared_bytes(self) -> int:
         """How much of that is files, libraries most of all, which others may have in memory too."""
+        return self._memory("shared")
+
+    def _memory(self, which: str) -> int:
+        """One of psutil's figures of the process; 0 where it has none."""
         pid = self._child.pid
         try:
-            return int(getattr(psutil.Process(pid).memory_info(), "shared", 0)) if pid else 0
-        except psutil.NoSuchProcess:
+            return int(getattr(psutil.Process(pid).memory_info(), which, 0)) if pid else 0
+        except psutil.NoSuchProcess:  # it ended between the two
             return 0
 
     def adapter_path(self) -> Path:

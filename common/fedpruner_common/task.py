@@ -22,6 +22,9 @@ class LoraSettings:
     target_modules: tuple[str, ...]
 
 
+SMALLEST_LOSS_CHUNK = 64  # tokens; below it the head's weights are read more than they are worth
+
+
 @dataclass(frozen=True)
 class TrainingSettings:
     """Hugging Face's names.

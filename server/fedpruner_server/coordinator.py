@@ -59,6 +59,7 @@ class Coordinator:
         self.closed = False
         self.adapter_round = 0
         self.effects: asyncio.Queue[rounds.Effect] = asyncio.Queue()
+        self._calibrations: dict[str, Calibration] = {}
         self._changed = asyncio.Event()
         self._started = time.monotonic()
         self._log = get_logger()
@@ -102,7 +103,10 @@ class Coordinator:
 
     def calibration(self, client_id: str) -> Calibration:
         """How the byte model's predictions are corrected for a device."""
-        return calibration_of(client_id, self.history)
+        # Kept, since every waiting agent asks whenever anything changes.
+        if client_id not in self._calibrations:
+            self._calibrations[client_id] = calibration_of(client_id, self.history)
+        return self._calibrations[client_id]
 
     def budget_of(self, device: Device) -> int:
         """What planning may take as the device's budget, after its calibration."""
@@ -165,6 +169,8 @@ class Coordinator:
             self.closed = False
         record = self.history[number]
         record.round = self.round
+        if isinstance(event, (rounds.TaskTooLarge, rounds.UpdateStored)):
+            self._calibrations.pop(event.client_id, None)
         if isinstance(event, rounds.TaskTooLarge):
             client = record.clients[event.client_id]
             client.too_large.append((client.plan, event.refused))

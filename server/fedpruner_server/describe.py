@@ -20,6 +20,7 @@ from fedpruner_common.modeling.load import TORCH_DTYPES, pruned_class, read_conf
 from fedpruner_common.modeling.meta import causal_lm_class, decoder_layers, meta_model
 from fedpruner_common.spec import ModelSpec
 from fedpruner_common.submodel import Submodel
+from fedpruner_common.task import SMALLEST_LOSS_CHUNK
 from fedpruner_server.activations import saved_bytes
 from fedpruner_server.config import LoraOptions, TrainingOptions
 
@@ -28,7 +29,6 @@ _CHUNK_BYTES_PER_LOGIT = 8  # the logits and their log-softmax, which becomes th
 _CHUNK_BYTES = 128 << 20  # what `loss_chunk = auto` lets the loss take
 _CODE_BYTES = 17 << 20  # the model's own code, and what torch keeps of the kernels it uses
 _TOKEN_BYTES = 340  # of the tokenizer, per entry
-_SMALLEST_CHUNK = 64  # tokens; below it the head's weights are read more than they are worth
 _TRAINED_BYTES = {"adamw": 12.0, "adamw_8bit": 4 + 2 * (1 + 4 / 256)}  # a scale per 256 values
 
 
@@ -225,7 +225,7 @@ def _loss_chunk(wanted: int | str, num_tokens: int, vocab_size: int) -> int:
     elif num_tokens * vocab_size * _LOSS_BYTES_PER_LOGIT <= _CHUNK_BYTES:
         chunk = 0
     else:
-        fitting = max(_SMALLEST_CHUNK, _CHUNK_BYTES // (vocab_size * _CHUNK_BYTES_PER_LOGIT))
+        fitting = max(SMALLEST_LOSS_CHUNK, _CHUNK_BYTES // (vocab_size * _CHUNK_BYTES_PER_LOGIT))
         chunk = 1 << (fitting.bit_length() - 1)
     return chunk if chunk < num_tokens else 0
 

@@ -328,11 +328,20 @@ def left_uncovered(
 
 
 def submodel_peak_bytes(
-    spec: ModelSpec, settings: PlanSettings, submodel: Submodel, *, floor_bytes: int
+    spec: ModelSpec,
+    settings: PlanSettings,
+    submodel: Submodel,
+    *,
+    floor_bytes: int,
+    streamed: Sequence[int] = (),
 ) -> int:
     """Peak memory of training exactly this submodel, with a bridge for every dropped run."""
-    bridges = settings.bridge_bytes_per_run * len(submodel.dropped_runs())
-    return bridges + predicted_peak_bytes(spec.memory, submodel.components, floor_bytes=floor_bytes)
+    kept, bridges = submodel.components, len(submodel.dropped_runs())
+    if streamed:
+        peak = streamed_peak_bytes(spec.memory, streamed, floor_bytes=floor_bytes, kept=kept)
+    else:
+        peak = predicted_peak_bytes(spec.memory, kept, floor_bytes=floor_bytes)
+    return peak + bridges * settings.bridge_bytes_per_run
 
 
 def _pruned(current: _Round, seat: _Seat, choices: Choices) -> ClientPlan:
@@ -368,24 +377,13 @@ def _streamed(current: _Round, seat: _Seat, choices: Choices) -> ClientPlan | No
             streamed = tuple(sorted(order[num_held:num_kept]))
             if not settings.can_read(spec, streamed, offer.read_bytes_per_s):
                 break  # holding fewer would stream more
-            peak = _streaming_peak_bytes(spec, settings, submodel, streamed, offer.floor_bytes)
+            peak = submodel_peak_bytes(
+                spec, settings, submodel, floor_bytes=offer.floor_bytes, streamed=streamed
+            )
             if peak <= usable and (streamed or submodel.is_full):
                 bridge, peak = _bridge_that_fits(spec, settings, submodel, peak, offer)
                 return ClientPlan(submodel, peak, choices, bridge, streamed)
     return None
-
-
-def _streaming_peak_bytes(
-    spec: ModelSpec,
-    settings: PlanSettings,
-    submodel: Submodel,
-    streamed: Sequence[int],
-    floor_bytes: int,
-) -> int:
-    bridges = settings.bridge_bytes_per_run * len(submodel.dropped_runs())
-    return bridges + streamed_peak_bytes(
-        spec.memory, streamed, floor_bytes=floor_bytes, kept=submodel.components
-    )
 
 
 def _bridge_that_fits(
