@@ -1,0 +1,1 @@
+"""What moves between coordinator and devices: how fast, with how much memory."""

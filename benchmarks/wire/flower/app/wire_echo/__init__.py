@@ -1,0 +1,1 @@
+"""Arrays to every client and back."""
