@@ -12,7 +12,9 @@ from fedpruner_client.config import AgentSettings
 from fedpruner_client.connection import Connection, Finished, Offer, Waiting
 from fedpruner_client.device import available_bytes
 from fedpruner_client.disk import remembered_bandwidth
+from fedpruner_client.outbox import FinishedUpdate, Outbox
 from fedpruner_client.trainer import Baseline, Trainer, describe_failure
+from fedpruner_client.transfers import Transfers
 from fedpruner_common import malloc
 from fedpruner_common.child import Json
 from fedpruner_common.errors import (
@@ -25,6 +27,7 @@ from fedpruner_common.errors import (
     UnknownClient,
 )
 from fedpruner_common.interrupt import Stopped, heard, raise_on_signals
+from fedpruner_common.locks import lock_folder
 from fedpruner_common.log import get_logger
 from fedpruner_common.manifest import FileInfo, TensorInfo
 from fedpruner_common.rpc import PULL_WAIT_S
@@ -46,10 +49,19 @@ class Heartbeat(threading.Thread):
         activity, step, num_steps, train_loss: what is told; the loop writes them.
     """
 
-    def __init__(self, connection: Connection, trainer: Trainer) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        transfers: Transfers,
+        trainer: Trainer,
+        settings: AgentSettings,
+    ) -> None:
         super().__init__(daemon=True, name="heartbeat")
         self._connection = connection
+        self._transfers = transfers
         self._trainer = trainer
+        self._settings = settings
+        self._heard_at = time.monotonic()
         self._stop = threading.Event()
         self._log = get_logger()
         self.task_id = ""
@@ -68,6 +80,7 @@ class Heartbeat(threading.Thread):
     def run(self) -> None:
         refused = 0
         while not self._stop.wait(self._connection.heartbeat_interval_s):
+            self._transfers.cancel_stalled(self._settings.transfer_idle_s)
             session, task_id = self._connection.session, self.task_id
             try:
                 wanted = self._connection.heartbeat(
@@ -81,19 +94,30 @@ class Heartbeat(threading.Thread):
                 self._rejoin(session)
                 continue
             except FedPrunerError:  # unreachable: the loop's own calls will tell
+                self._mind_the_lease()
                 continue
+            self._heard_at = time.monotonic()
             # Twice in a row, so that an answer that crossed the end of a task does no harm.
             refused = refused + 1 if task_id and task_id == self.task_id and not wanted else 0
-            if refused >= 2 and self.activity == "training":
-                self._log.warning(
-                    "the coordinator no longer wants this task: stopping", task=task_id
-                )
-                self.in_vain = True
-                self._trainer.abort()
+            if refused >= 2:
+                self._stop_training("the coordinator no longer wants this task")
+
+    def _mind_the_lease(self) -> None:
+        """Stop training once the coordinator has given this device up: the GPU is others' again."""
+        patience = self._settings.offline_training_s
+        silence = time.monotonic() - self._heard_at
+        if silence > (self._connection.lease_s if patience is None else patience):
+            self._stop_training(f"no word from the coordinator for {silence:.0f} s")
+
+    def _stop_training(self, why: str) -> None:
+        if self.activity == "training" and not self.in_vain:
+            self._log.warning(f"{why}: stopping", task=self.task_id)
+            self.in_vain = True
+            self._trainer.abort()
 
     def _rejoin(self, session: str) -> None:
         try:
-            self._connection.register(instead_of=session)
+            self._connection.register(instead_of=session, patient=False)
         except FedPrunerError as error:
             self._log.warning("cannot join again", reason=str(error))
 
@@ -108,6 +132,7 @@ class Agent:
         self._settings = settings
         self._trainer = Trainer(settings)
         self._cache = Cache(settings.state_dir / "cache", limit_bytes=settings.cache_limit)
+        self._outbox = Outbox(settings.state_dir / "task")
         self._log = get_logger()
         self._baseline: Baseline | None = None
         self._free_floor_bytes = 0
@@ -120,9 +145,14 @@ class Agent:
             FedPrunerError: the device cannot take part; the message says why.
         """
         raise_on_signals()
+        with lock_folder(self._settings.state_dir, "fedpruner-agent"):
+            return self._take_part()
+
+    def _take_part(self) -> int:
         try:
             connection = Connection(self._settings, self._offer())
-            heartbeat = Heartbeat(connection, self._trainer)
+            transfers = self._transfers = Transfers(connection)
+            heartbeat = Heartbeat(connection, transfers, self._trainer, self._settings)
             try:
                 connection.register()
                 self._log.info(
@@ -275,46 +305,54 @@ class Agent:
             holds=task.submodel.picture(),
             predicted_peak=format_bytes(task.predicted_peak_bytes),
         )
+        update = self._outbox.find(connection.run_id, task.task_id)
+        if update is None:
+            update = self._train(task, connection, heartbeat)
+        else:
+            self._log.info("this task was trained before the agent ended", round=task.round)
+        heartbeat.working_on(task.task_id, "uploading")
+        self._transfers.push(update)
+        self._outbox.clear()
+        metrics = update.metrics
+        self._log.info(
+            "update sent",
+            round=task.round,
+            train_loss=f"{metrics.train_loss_first:.3f} -> {metrics.train_loss_last:.3f}",
+            peak=format_bytes(metrics.measured_peak_bytes),
+        )
+
+    def _train(self, task: Task, connection: Connection, heartbeat: Heartbeat) -> FinishedUpdate:
         heartbeat.working_on(task.task_id, "fetching")
         files = [*task.files, task.bridge_file] if task.bridge_file else task.files
         fetched = self._fetch(
-            connection, task.task_id, (*task.tensors, *task.other_tensors), files, task.lora.r
+            task.task_id, (*task.tensors, *task.other_tensors), files, task.lora.r
         )
+        self._log.info("fetched", round=task.round, size=format_bytes(fetched))
         heartbeat.working_on(task.task_id, "training")
 
         def progress(values: Json) -> None:
             heartbeat.step, heartbeat.num_steps = values["step"], values["num_steps"]
             heartbeat.train_loss = values["train_loss"]
 
-        metrics, update_path = self._trainer.train(
+        metrics, path = self._trainer.train(
             task,
             self._cache,
             progress,
             memory_budget_bytes=connection.offer.memory_budget_bytes,
         )
-        heartbeat.working_on(task.task_id, "uploading")
-        connection.push(task, metrics, update_path)
-        update_path.unlink(missing_ok=True)
-        self._log.info(
-            "update sent",
-            round=task.round,
-            train_loss=f"{metrics.train_loss_first:.3f} -> {metrics.train_loss_last:.3f}",
-            peak=format_bytes(metrics.measured_peak_bytes),
-            fetched=format_bytes(fetched),
-        )
+        return self._outbox.put(connection.run_id, task, metrics, path)
 
     def _probe(self, task: ProbeTask, connection: Connection, heartbeat: Heartbeat) -> None:
         """Measure the layers on this device's text."""
         self._log.info("measuring the layers", score=task.score)
         heartbeat.working_on(task.task_id, "fetching")
-        self._fetch(connection, task.task_id, task.tensors, task.files, task.lora.r)
+        self._fetch(task.task_id, task.tensors, task.files, task.lora.r)
         heartbeat.working_on(task.task_id, "measuring layers")
         statistics = self._trainer.probe(task, self._cache)
         connection.push_statistics(task.task_id, statistics)
 
     def _fetch(
         self,
-        connection: Connection,
         task_id: str,
         tensors: Sequence[TensorInfo],
         files: Sequence[FileInfo],
@@ -323,10 +361,10 @@ class Agent:
         """Have everything a task needs in the cache, and its adapter; returns bytes received."""
         blobs = {tensor.hash: tensor.num_bytes for tensor in tensors}
         blobs |= {file.hash: file.num_bytes for file in files}
-        fetched = connection.fetch(blobs, self._cache)
+        fetched = self._transfers.fetch(blobs, self._cache)
         limit = _ADAPTER_HEADROOM_BYTES + _adapter_limit(tensors, rank)
         adapter_path = self._trainer.adapter_path()
-        return fetched + connection.fetch_adapter(task_id, adapter_path, max_bytes=limit)
+        return fetched + self._transfers.fetch_adapter(task_id, adapter_path, max_bytes=limit)
 
     @staticmethod
     def _check_affordable(task: Task, offer: Offer) -> None:

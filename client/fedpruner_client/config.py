@@ -5,10 +5,11 @@ import socket
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, PositiveFloat, field_validator
 from pydantic_settings import SettingsConfigDict
 
 from fedpruner_common.config import Settings
+from fedpruner_common.rpc import KEEPALIVE_S
 from fedpruner_common.units import parse_bytes
 
 
@@ -29,8 +30,11 @@ class AgentSettings(Settings):
     num_threads: Annotated[int, Field(ge=0)] = 0  # of torch; 0: all cores this process may use
     root_certificates: Path | None = None
     insecure: bool = False
+    keepalive_s: Annotated[float, Field(ge=0.1)] = KEEPALIVE_S  # pings on a silent connection
+    transfer_idle_s: PositiveFloat = 60.0  # a transfer in which nothing moves begins again
+    offline_training_s: Annotated[float, Field(ge=0)] | None = None  # None: one lease
     max_retries: int | None = None  # None: for ever
-    max_wait_time: Annotated[float, Field(gt=0)] = 60.0  # longest pause between retries, seconds
+    max_wait_time: PositiveFloat = 60.0  # longest pause between retries, seconds
     idle_s: Annotated[float, Field(ge=0)] = 60.0  # how long the training process stays warm
     stay: bool = False
     log_level: Literal["debug", "info", "warning", "error"] = "info"

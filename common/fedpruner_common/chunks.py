@@ -1,7 +1,8 @@
 """Bytes of a file <-> stream of chunks, each with its offset and checksum.
 
 A chunk is about 1 MiB: throughput is flat from 512 KiB up, memory per stream and the delay of other
-calls grow with it, and gRPC's default message limit of 4 MiB stays far.
+calls grow with it, and gRPC's default message limit of 4 MiB stays far. `wire` puts chunks on the
+wire.
 """
 
 import os
@@ -10,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import xxhash
+from blake3 import blake3
 
-from fedpruner_common.errors import CorruptChunk
-from fedpruner_common.pb.federation_pb2 import Chunk
+from fedpruner_common.errors import CorruptChunk, StorageError
 
 CHUNK_BYTES = 1 << 20
+
+Data = bytes | memoryview
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,27 @@ class FileRange:
     path: Path
     start: int
     num_bytes: int
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some bytes of a blob on their way.
+
+    Attributes:
+        blob: index that the receiver knows the blob by.
+        offset: of the bytes in the blob.
+        data: the bytes; may be a view of a buffer that is used again for the next chunk.
+        checksum: XXH3-64 of the bytes.
+    """
+
+    blob: int
+    offset: int
+    data: Data
+    checksum: int
+
+
+def make_chunk(data: Data, *, blob: int, offset: int) -> Chunk:
+    return Chunk(blob, offset, data, xxhash.xxh3_64_intdigest(data))
 
 
 def read_chunks(source: FileRange, *, blob: int = 0, offset: int = 0) -> Iterator[Chunk]:
@@ -45,15 +69,23 @@ def read_chunks(source: FileRange, *, blob: int = 0, offset: int = 0) -> Iterato
             wanted = min(CHUNK_BYTES, source.num_bytes - offset)
             data = os.pread(file.fileno(), wanted, source.start + offset)
             if not data:
-                raise CorruptChunk(
-                    f"{source.path.name} ended {source.num_bytes - offset} bytes early"
-                )
+                raise ended_early(source, offset)
             yield make_chunk(data, blob=blob, offset=offset)
             offset += len(data)
 
 
-def make_chunk(data: bytes, *, blob: int, offset: int) -> Chunk:
-    return Chunk(blob=blob, offset=offset, data=data, checksum=xxhash.xxh3_64_intdigest(data))
+def ended_early(source: FileRange, offset: int) -> CorruptChunk:
+    """The error of a file that is shorter than its range."""
+    return CorruptChunk(f"{source.path.name} ended {source.num_bytes - offset} bytes early")
+
+
+def hash_file(path: Path) -> str:
+    """BLAKE3 of a file's bytes, hex."""
+    digest = blake3()
+    with path.open("rb", buffering=0) as file:
+        while data := file.read(CHUNK_BYTES):
+            digest.update(data)
+    return digest.hexdigest()
 
 
 class ChunkWriter:
@@ -64,16 +96,30 @@ class ChunkWriter:
     """
 
     def __init__(self, path: Path, *, max_bytes: int, resume: bool = False) -> None:
-        """Open `path` for at most `max_bytes`; with `resume`, keep what is there."""
-        self._file = path.open("ab" if resume else "wb", buffering=0)
+        """Open `path` for at most `max_bytes`; with `resume`, keep what is there.
+
+        Raises:
+            StorageError: the disk is full, read-only or gone.
+        """
+        self._path = path
         self._max_bytes = max_bytes
-        self.received = self._file.tell() if resume else 0
+        self._digest = blake3()
+        self.received = 0
+        try:
+            self._file = path.open("r+b" if resume and path.exists() else "w+b", buffering=0)
+            if resume:
+                while data := self._file.read(CHUNK_BYTES):
+                    self._digest.update(data)
+                    self.received += len(data)
+        except OSError as error:
+            raise _cannot_write(path, error) from error
 
     def write(self, chunk: Chunk) -> None:
         """Append one chunk.
 
         Raises:
             CorruptChunk: wrong offset, wrong checksum, or more bytes than were promised.
+            StorageError: the disk is full, read-only or gone.
         """
         data = chunk.data
         if chunk.offset != self.received:
@@ -82,13 +128,36 @@ class ChunkWriter:
             raise CorruptChunk(f"more than the promised {self._max_bytes} bytes")
         if xxhash.xxh3_64_intdigest(data) != chunk.checksum:
             raise CorruptChunk(f"checksum of the chunk at offset {chunk.offset} differs")
+        self._digest.update(data)
         view = memoryview(data)
-        while view:
-            view = view[self._file.write(view) :]
+        try:
+            while view:
+                written = self._file.write(view)
+                view = view[written:]
+        except OSError as error:
+            # Nothing half: what is in the file is what was counted.
+            os.ftruncate(self._file.fileno(), self.received)
+            raise _cannot_write(self._path, error) from error
         self.received += len(data)
 
+    def hexdigest(self) -> str:
+        """BLAKE3 of all bytes in the file, hex."""
+        return self._digest.hexdigest()
+
     def close(self, *, sync: bool = False) -> None:
-        """Close the file; with `sync`, only after its bytes are on disk."""
-        if sync:
-            os.fsync(self._file.fileno())
-        self._file.close()
+        """Close the file; with `sync`, only after its bytes are on disk.
+
+        Raises:
+            StorageError: they cannot be brought there.
+        """
+        try:
+            if sync and not self._file.closed:
+                os.fsync(self._file.fileno())
+        except OSError as error:
+            raise _cannot_write(self._path, error) from error
+        finally:
+            self._file.close()
+
+
+def _cannot_write(path: Path, error: OSError) -> StorageError:
+    return StorageError(f"cannot write {path}: {error.strerror or error}")

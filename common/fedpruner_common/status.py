@@ -39,6 +39,8 @@ _BY_CODE = {error.code: error for error in _STATUS}
 _BY_STATUS = {
     grpc.StatusCode.UNAVAILABLE: Unavailable,
     grpc.StatusCode.DEADLINE_EXCEEDED: Unavailable,
+    grpc.StatusCode.CANCELLED: Unavailable,  # the stream ended with its connection, or stalled
+    grpc.StatusCode.UNKNOWN: Unavailable,
     grpc.StatusCode.RESOURCE_EXHAUSTED: Busy,
     grpc.StatusCode.UNAUTHENTICATED: Unauthenticated,
     grpc.StatusCode.PERMISSION_DENIED: Forbidden,

@@ -4,6 +4,8 @@ import asyncio
 import os
 import signal
 import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 
 import grpc
 from grpc import aio
@@ -11,18 +13,19 @@ from grpc import aio
 from fedpruner_common.errors import ConfigError, FedPrunerError
 from fedpruner_common.log import get_logger
 from fedpruner_common.pb.admin_pb2_grpc import add_AdminServicer_to_server
-from fedpruner_common.pb.federation_pb2_grpc import add_FederationServicer_to_server
 from fedpruner_common.rpc import (
     HEARTBEATS_PER_LEASE,
     PULL_WAIT_S,
-    SERVER_OPTIONS,
     is_loopback,
     server_credentials,
+    server_options,
 )
+from fedpruner_common.wire import add_federation
 from fedpruner_server.admin import Admin
 from fedpruner_server.blockstore import BlockStore
 from fedpruner_server.config import ServerSettings
 from fedpruner_server.coordinator import Coordinator
+from fedpruner_server.health import Health
 from fedpruner_server.interceptors import ErrorInterceptor
 from fedpruner_server.run import Run
 from fedpruner_server.servicer import Federation
@@ -50,43 +53,66 @@ async def serve(settings: ServerSettings) -> int:
             BlockStore, settings.model.resolve(), hash_cache=settings.state_dir / "hashes.json"
         )
         coordinator = Coordinator(settings, storage, blocks)
-        server = aio.server(interceptors=[ErrorInterceptor()], options=SERVER_OPTIONS)
-        add_FederationServicer_to_server(Federation(coordinator), server)
+        health = Health(coordinator)
+        options = server_options(settings.keepalive_s)
+        server = aio.server(interceptors=[ErrorInterceptor()], options=options)
+        add_federation(Federation(coordinator), server)
         add_AdminServicer_to_server(Admin(coordinator), server)
+        health.add_to(server)
         port = _listen(server, settings)
-        await server.start()
-        host = settings.listen.rpartition(":")[0]
-        # Whoever starts us waits for this line; everything else goes to stderr.
-        print(f"fedpruner-server listening on {host}:{port}", flush=True)
-        try:
-            return await _until_done(coordinator, stop, stay=settings.stay)
-        finally:
-            await server.stop(_DRAIN_S)
+        async with _serving_health(health, settings.health_server_address):
+            await server.start()
+            host = settings.listen.rpartition(":")[0]
+            # Whoever starts us waits for this line; everything else goes to stderr.
+            print(f"fedpruner-server listening on {host}:{port}", flush=True)
+            try:
+                return await _until_done(coordinator, stop, stay=settings.stay)
+            finally:
+                await health.close()
+                await server.stop(_DRAIN_S)
     finally:
         storage.close()
 
 
+@asynccontextmanager
+async def _serving_health(health: Health, address: str | None) -> AsyncIterator[None]:
+    """Watches over the health, and answers checks at an address of their own if there is one."""
+    watching = asyncio.create_task(health.watch())
+    server = aio.server(options=server_options())
+    try:
+        if address:
+            health.add_to(server)
+            _bind(lambda: server.add_insecure_port(address), address)
+            await server.start()
+        yield
+    finally:
+        watching.cancel()
+        await server.stop(None)
+
+
 def _listen(server: aio.Server, settings: ServerSettings) -> int:
     """Bind the port; TLS, or in the clear where that is meant."""
+    address = settings.listen
+    if settings.ssl_certfile and settings.ssl_keyfile:
+        credentials = server_credentials(settings.ssl_certfile, settings.ssl_keyfile)
+        return _bind(lambda: server.add_secure_port(address, credentials), address)
+    if not settings.insecure and not is_loopback(address):
+        raise ConfigError(
+            f"{address} can be reached from other machines: give --ssl-certfile and "
+            "--ssl-keyfile, or --insecure to talk in the clear"
+        )
+    if not is_loopback(address):
+        _log.warning("no TLS: everything on the wire can be read and changed", listen=address)
+    return _bind(lambda: server.add_insecure_port(address), address)
+
+
+def _bind(bind: Callable[[], int], address: str) -> int:
     try:
-        if settings.ssl_certfile and settings.ssl_keyfile:
-            credentials = server_credentials(settings.ssl_certfile, settings.ssl_keyfile)
-            port: int = server.add_secure_port(settings.listen, credentials)
-            return port
-        if not settings.insecure and not is_loopback(settings.listen):
-            raise ConfigError(
-                f"{settings.listen} can be reached from other machines: give --ssl-certfile and "
-                "--ssl-keyfile, or --insecure to talk in the clear"
-            )
-        if not is_loopback(settings.listen):
-            _log.warning(
-                "no TLS: everything on the wire can be read and changed", listen=settings.listen
-            )
-        port = server.add_insecure_port(settings.listen)
+        port = bind()
     except (RuntimeError, OSError) as error:
-        raise ConfigError(f"cannot listen on {settings.listen}: {error}") from error
+        raise ConfigError(f"cannot listen on {address}: {error}") from error
     if port == 0:
-        raise ConfigError(f"cannot listen on {settings.listen}: is the port in use?")
+        raise ConfigError(f"cannot listen on {address}: is the port in use?")
     return port
 
 

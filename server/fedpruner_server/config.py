@@ -7,12 +7,14 @@ two underscores between table and key: FEDPRUNER_SERVER_RUN__NUM_ROUNDS=50.
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from fedpruner_common.config import Section, Settings
+from fedpruner_common.rpc import KEEPALIVE_S
 from fedpruner_common.statistics import Granularity, Score
 from fedpruner_common.task import BridgeKind
+from fedpruner_common.units import parse_bytes
 from fedpruner_server.core.aggregation import Aggregation
 from fedpruner_server.core.coverage import Coverage
 from fedpruner_server.core.grouping import Grouping
@@ -98,10 +100,32 @@ class RunOptions(Section):
     min_updates: PositiveInt = 1
     round_deadline_s: PositiveFloat = 3600.0
     lease_s: PositiveFloat = 30.0  # without a heartbeat for so long, a device is lost
+    progress_timeout_s: PositiveFloat = 1800.0  # a device that gets nowhere for so long has failed
+    gather_deadline_s: PositiveFloat = 86400.0  # of waiting for enough devices; then the run fails
+    over_selection: Annotated[float, Field(ge=0)] = 0.0  # of clients_per_round, asked on top of it
+    buffer_size: Annotated[int, Field(ge=0)] = 0  # updates that end a round; 0: everyone's
+    late_updates: Literal["drop", "next_round"] = "drop"
+    max_staleness: PositiveInt = 5  # rounds; what is older is dropped
+    staleness_exponent: Annotated[float, Field(ge=0)] = 0.5  # weight (1 + staleness) ** -exponent
     max_abandoned_rounds: PositiveInt = 5  # in a row; then the run has failed
     evaluate_every: PositiveInt = 1
     save_every: PositiveInt = 10
     seed: Annotated[int, Field(ge=0)] = 0
+
+
+class TransferOptions(Section):
+    """What moves between the coordinator and its devices, and how much of it at once."""
+
+    max_uploads: PositiveInt = 8
+    max_downloads: PositiveInt = 16
+    max_bytes_per_s: Annotated[float, Field(ge=0)] = 0.0  # of one transfer; 0: no limit
+    idle_s: PositiveFloat = 60.0  # a transfer in which nothing moves for so long is ended
+    min_free_bytes: Annotated[int, Field(ge=0)] = 64 << 20  # of disk, kept for the journal
+
+    @field_validator("min_free_bytes", mode="before")
+    @classmethod
+    def _size(cls, value: object) -> object:
+        return parse_bytes(value) if isinstance(value, str) else value
 
 
 class DataOptions(Section):
@@ -126,6 +150,8 @@ class ServerSettings(Settings):
     insecure: bool = False
     ssl_certfile: Path | None = None
     ssl_keyfile: Path | None = None
+    health_server_address: str | None = None  # gRPC health in the clear, beside the service itself
+    keepalive_s: Annotated[float, Field(ge=0.1)] = KEEPALIVE_S  # pings on a silent connection
     stay: bool = False
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_json: bool = False
@@ -135,6 +161,7 @@ class ServerSettings(Settings):
     plan: PlanOptions = PlanOptions()
     aggregation: AggregationOptions = AggregationOptions()
     run: RunOptions = RunOptions()
+    transfer: TransferOptions = TransferOptions()
     data: DataOptions = DataOptions()
 
     @model_validator(mode="before")

@@ -17,6 +17,7 @@ from fedpruner_common.statistics import Statistics
 from fedpruner_common.task import UpdateMetrics
 from fedpruner_server import method, specs
 from fedpruner_server.blockstore import BlockStore
+from fedpruner_server.clock import Clock
 from fedpruner_server.config import ServerSettings
 from fedpruner_server.core import round as rounds
 from fedpruner_server.core.calibration import Calibration
@@ -40,6 +41,8 @@ class Coordinator:
         state: preparing, waiting, running, finished or failed; `explanation` says more.
         round: the current round, None before the first; `closed` when nothing is left to do for it.
         adapter_round: the round whose adapter is the global one; 0 before the first.
+        trouble: why nothing can be stored now, for people; empty when all is well.
+        clock: of deadlines.
     """
 
     def __init__(self, settings: ServerSettings, storage: Storage, blocks: BlockStore) -> None:
@@ -58,11 +61,19 @@ class Coordinator:
         self.round: Round | None = None
         self.closed = False
         self.adapter_round = 0
+        self.trouble = ""
+        self.clock = Clock()
+        self._metrics_bytes: int | None = 0  # of metrics.jsonl up to the last closed round
         self.effects: asyncio.Queue[rounds.Effect] = asyncio.Queue()
         self._calibrations: dict[str, Calibration] = {}
         self._changed = asyncio.Event()
         self._started = time.monotonic()
         self._log = get_logger()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the run has ended, well or not."""
+        return self.state in ("finished", "failed")
 
     # What is told to everyone
 
@@ -120,26 +131,55 @@ class Coordinator:
             floor_bytes=device.floor_bytes,
         )
 
+    def carried(self) -> dict[str, ClientRecord]:
+        """Clients whose tasks of the last round go on, as far as they are not too old."""
+        if self.round is None:
+            return {}
+        record = self.history[self.round.number]
+        return {
+            client_id: record.clients[client_id]
+            for client_id in rounds.carried(self.round)
+            if self.staleness(record.clients[client_id].base_round)
+            <= self.settings.run.max_staleness
+        }
+
+    def staleness(self, base_round: int) -> int:
+        """New adapters since that of a round."""
+        return sum(
+            record.round.phase is Phase.DONE and number > base_round
+            for number, record in self.history.items()
+        )
+
     def open_round(self, number: int, plans: dict[str, TaskPlan], choices: dict[str, Json]) -> None:
         """Start a round with these clients; their plans are journaled with it.
+
+        Tasks of the last round that are still under way may go on in it.
 
         Args:
             number: of the round.
             plans: by client.
             choices: by client: why its plan is what it is, enough to replay it.
         """
-        now = time.time()
+        now, run = self.clock.now(), self.settings.run
+        carried = self.carried()
+        tasks = {client_id: f"round-{number}-{client_id}" for client_id in plans}
+        if self.round is not None:
+            tasks |= {client_id: self.round.tasks[client_id].task_id for client_id in carried}
         event = rounds.CohortChosen(
-            tasks={client_id: f"round-{number}-{client_id}" for client_id in plans},
-            quorum=self.settings.run.min_updates,
-            deadline=now + self.settings.run.round_deadline_s,
+            tasks=tasks,
+            quorum=run.min_updates,
+            deadline=now + run.round_deadline_s,
+            target=run.buffer_size or (run.clients_per_round if run.over_selection else 0),
+            carries=run.late_updates == "next_round",
         )
         extra = {
             "started": now,
             "plans": {
                 client_id: {**specs.plan_to_json(plan), "choices": choices[client_id]}
                 for client_id, plan in plans.items()
-            },
+            }
+            | {c: specs.plan_to_json(record.plan) for c, record in carried.items()},
+            "carried": {c: [r.task_round, r.base_round] for c, r in carried.items()},
         }
         self.round = Round(number)
         self.apply(event, **extra)
@@ -163,8 +203,12 @@ class Coordinator:
         self.round, effects = rounds.step(self.round, event)
         if isinstance(event, rounds.CohortChosen):
             record = RoundRecord(self.round, started=extra["started"])
+            carried, new = extra.get("carried", {}), [number, self.adapter_round]
             for client_id, data in extra["plans"].items():
-                record.clients[client_id] = ClientRecord(client_id, self._plan_from(data))
+                task_round, base_round = carried.get(client_id, new)
+                record.clients[client_id] = ClientRecord(
+                    client_id, self._plan_from(data), task_round, base_round
+                )
             self.history[number] = record
             self.closed = False
         record = self.history[number]
@@ -176,6 +220,7 @@ class Coordinator:
             client.too_large.append((client.plan, event.refused))
         if isinstance(event, rounds.TaskReplaced):
             record.clients[event.client_id].plan = self._plan_from(extra["plan"])
+            record.clients[event.client_id].base_round = self.adapter_round
         if isinstance(event, rounds.UpdateStored):
             metrics = {**extra["metrics"], "rungs": tuple(extra["metrics"]["rungs"])}
             record.clients[event.client_id].metrics = UpdateMetrics(**metrics)
@@ -220,18 +265,24 @@ class Coordinator:
         self.apply(rounds.TaskReplaced(client_id, task_id), plan=data)
 
     def close_round(self, *, seconds: float) -> None:
-        """Journal that nothing is left to do for the current round."""
+        """Write down what the current round was, and journal that nothing is left to do for it."""
         assert self.round is not None
         record = self.history[self.round.number]
-        data = {"seconds": seconds, "losses": record.losses}
+        size = self.storage.add_metrics(record.rows(), after_bytes=self._metrics_bytes)
+        data = {"seconds": seconds, "losses": record.losses, "metrics_bytes": size}
         self.storage.append(self.round.number, _CLOSED, data)
         self._absorb_close(self.round.number, data)
 
     def _absorb_close(self, number: int, data: Json) -> None:
         self.closed = True
+        self._metrics_bytes = data.get("metrics_bytes")
         self.history[number].seconds = data["seconds"]
         if data["losses"]:
             self.note_losses(number, data["losses"])
+
+    def add_last_metrics(self, row: Json) -> None:
+        """The line of metrics.jsonl that says how the run ended."""
+        self.storage.add_metrics([row], after_bytes=self._metrics_bytes)
 
     def note_losses(self, number: int, losses: dict[str, float]) -> None:
         """Remember the held-out losses of a round's adapter, by file; 0 is the base model's."""
@@ -253,4 +304,13 @@ class Coordinator:
             if now - last_seen > self.registry.lease_s:
                 self._log.warning("device lost: no heartbeat", client=client_id)
                 self.apply(rounds.ClientLost(client_id))
-        self.apply(rounds.Tick(time.time()))
+            elif device and now - device.progressed_at > self.settings.run.progress_timeout_s:
+                self._give_up(device, now - device.progressed_at)
+        self.apply(rounds.Tick(self.clock.now()))
+
+    def _give_up(self, device: Device, silence_s: float) -> None:
+        """Fail the task of a device that lives but gets nowhere."""
+        doing = f"{device.activity}, step {device.step} of {device.num_steps}"
+        device.last_failure = reason = f"no progress for {silence_s:.0f} s ({doing})"
+        self._log.warning("device hangs", client=device.client_id, reason=reason)
+        self.apply(rounds.TaskFailed(device.client_id, reason))

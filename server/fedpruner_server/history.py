@@ -16,12 +16,16 @@ class ClientRecord:
 
     Attributes:
         plan: of its task; the last one, if it needed a smaller one.
+        task_round: in which the task began; an earlier one, if it is late.
+        base_round: whose adapter the task began with.
         too_large: plans before that one for which its memory did not do, and whether it refused
             them before it began.
     """
 
     client_id: str
     plan: TaskPlan
+    task_round: int = 0
+    base_round: int = 0
     too_large: list[tuple[TaskPlan, bool]] = field(default_factory=list)
     base_bytes_down: int = 0
     adapter_bytes_down: int = 0
@@ -81,6 +85,7 @@ class RoundRecord:
                     "client_id": client_id,
                     "outcome": task.outcome.value,
                     "reason": task.reason,
+                    "task_round": client.task_round,
                     "components": list(client.components),
                     "corrected": client.plan.bridge.corrected,
                     "streamed": list(client.plan.streamed),

@@ -5,7 +5,7 @@ from typing import Any
 
 import grpc
 
-from fedpruner_common.errors import FedPrunerError
+from fedpruner_common.errors import FedPrunerError, StorageError, Unavailable
 from fedpruner_common.log import get_logger
 from fedpruner_common.status import CODE_KEY, status_of
 
@@ -62,7 +62,13 @@ async def _abort(error: Exception, context: Any, method: str) -> None:
     if isinstance(error, grpc.aio.AbortError):
         raise error
     status = status_of(error) if isinstance(error, FedPrunerError) else None
-    # Local errors (storage, settings) tell of the coordinator's machine: they stay in its log.
+    if isinstance(error, StorageError):
+        # The caller does nothing wrong and loses nothing by asking again later.
+        _log.error("cannot store", method=method, reason=str(error))
+        metadata = ((CODE_KEY, Unavailable.code),)
+        text = "the coordinator cannot write to its disk; its log has the details"
+        await context.abort(grpc.StatusCode.UNAVAILABLE, text, metadata)
+    # Local errors (settings, models) tell of the coordinator's machine: they stay in its log.
     if isinstance(error, FedPrunerError) and status is not None:
         _log.debug("refused", method=method, code=error.code, reason=str(error))
         metadata = ((CODE_KEY, error.code),)

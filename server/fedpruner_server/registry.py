@@ -19,6 +19,7 @@ class Device:
 
     Attributes:
         last_seen: in the coordinator's monotonic clock.
+        progressed_at: when it last moved a byte or a step, or began something; same clock.
     """
 
     client_id: str
@@ -27,6 +28,7 @@ class Device:
     floor_bytes: int
     memory_kind: str
     last_seen: float
+    progressed_at: float
     read_bytes_per_s: int = 0
     activity: str = "joined"
     step: int = 0
@@ -41,6 +43,12 @@ class Device:
     components: tuple[str, ...] = ()
     bytes_down: int = 0
     bytes_up: int = 0
+
+    def does(self, activity: str, *, step: int, num_steps: int, now: float) -> None:
+        """Note what it says it is doing."""
+        if (activity, step) != (self.activity, self.step):
+            self.progressed_at = now
+        self.activity, self.step, self.num_steps = activity, step, num_steps
 
 
 @dataclass
@@ -68,14 +76,16 @@ class Registry:
         session = secrets.token_urlsafe(24)
         device = self.devices.get(client_id)
         if device is None:
-            device = Device(client_id, session, memory_budget_bytes, floor_bytes, memory_kind, now)
+            device = Device(
+                client_id, session, memory_budget_bytes, floor_bytes, memory_kind, now, now
+            )
             self.devices[client_id] = device
         device.session = session
         device.memory_budget_bytes = memory_budget_bytes
         device.floor_bytes = floor_bytes
         device.memory_kind = memory_kind
         device.read_bytes_per_s = read_bytes_per_s
-        device.last_seen = now
+        device.last_seen = device.progressed_at = now
         device.activity = "joined"
         device.unfit = ""
         device.told_finished = False

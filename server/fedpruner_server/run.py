@@ -4,11 +4,13 @@ Carries out the effects that `core.round` asks for.
 """
 
 import asyncio
+import errno
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,13 @@ from fedpruner_server import method
 from fedpruner_server.blockstore import file_info
 from fedpruner_server.coordinator import Coordinator
 from fedpruner_server.core import round as rounds
-from fedpruner_server.core.aggregation import ClientUpdate, combine, initial_adapter
-from fedpruner_server.core.cohort import choose_cohort
+from fedpruner_server.core.aggregation import (
+    Adapter,
+    ClientUpdate,
+    combine,
+    initial_adapter,
+)
+from fedpruner_server.core.cohort import choose_cohort, cohort_size
 from fedpruner_server.core.coverage import Coverage
 from fedpruner_server.core.drift import relative_drift
 from fedpruner_server.core.planning import (
@@ -34,6 +41,7 @@ from fedpruner_server.core.planning import (
     plan_round,
 )
 from fedpruner_server.core.round import Outcome, Phase
+from fedpruner_server.core.staleness import Rebased, discount
 from fedpruner_server.export import (
     AdapterFile,
     export_peft,
@@ -52,6 +60,7 @@ from fedpruner_server.torch_worker import TorchWorker
 Json = dict[str, Any]
 
 _TICK_S = 0.5
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
 _SETTLE_S = 1.0  # after the last needed device joined: others are often just behind
 
 
@@ -76,24 +85,48 @@ class Run:
             await self._prepare()
             self._c.replay()
             if self._c.round is None or self._c.closed:
-                await self._next_round()
+                await self._when_disk_permits(self._next_round)
             while self._c.state != "finished":
                 effect = await self._next_effect(ticking)
-                if isinstance(effect, rounds.AssignTasks):
-                    self._announce()
-                elif isinstance(effect, rounds.Aggregate):
-                    await self._aggregate(effect.clients)
-                elif isinstance(effect, rounds.Shrink):
-                    await self._shrink(effect.client_id)
-                else:
-                    await self._close_round(effect)
-                    await self._next_round()
+                await self._when_disk_permits(partial(self._carry_out, effect))
         finally:
             ticking.cancel()
             await self._torch.close()
 
+    async def _carry_out(self, effect: rounds.Effect) -> None:
+        if isinstance(effect, rounds.AssignTasks):
+            self._announce()
+        elif isinstance(effect, rounds.Aggregate):
+            await self._aggregate(effect.clients)
+        elif isinstance(effect, rounds.Shrink):
+            await self._shrink(effect.client_id)
+        else:
+            if not self._c.closed:
+                await self._close_round(effect)
+            await self._next_round()
+
+    async def _when_disk_permits(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Do it, as often as it takes: nothing is lost when the disk is full, the run waits.
+
+        Everything that an effect asks for bears repeating; a restart relies on it too.
+        """
+        while True:
+            try:
+                return await work()
+            except (StorageError, OSError) as error:
+                if isinstance(error, OSError) and error.errno not in _DISK_ERRORS:
+                    raise
+                reason = str(error)
+            before = (self._c.state, self._c.explanation)
+            self._log.error("the run waits for its disk", reason=reason)
+            self._c.trouble = self._c.trouble or "the coordinator cannot write to its disk"
+            while self._c.trouble:
+                self._c.tell(self._c.state, f"waiting for the disk: {self._c.trouble}")
+                await self._c.changed(_TICK_S)
+            self._c.tell(*before)
+
     async def _next_effect(self, ticking: "asyncio.Task[None]") -> rounds.Effect:
-        """What to do next; a clock that failed (a full disk, say) ends the run."""
+        """What to do next; a clock that failed ends the run."""
         getting = asyncio.create_task(self._c.effects.get())
         try:
             await asyncio.wait({getting, ticking}, return_when=asyncio.FIRST_COMPLETED)
@@ -106,7 +139,11 @@ class Run:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(_TICK_S)
-            self._c.tick()
+            try:
+                self._c.tick()
+            except StorageError as error:
+                self._c.trouble = "the coordinator cannot write its journal"
+                self._log.error("the clock waits for the disk", reason=str(error))
 
     async def _prepare(self) -> None:
         """Facts of the model, the initial adapter, the base model's loss."""
@@ -165,29 +202,46 @@ class Run:
             return
         while True:
             chosen = await self._gather(number)
-            plans, choices = await self._plan(number, chosen)
-            if plans:
+            plans, choices = await self._plan(number, chosen) if chosen else ({}, {})
+            if plans or self._c.carried():
                 self._c.open_round(number, plans, choices)
                 return
 
     async def _gather(self, number: int) -> list[Device]:
-        """The cohort, once enough devices are there."""
+        """The cohort, once enough devices are there; empty if only late tasks go on.
+
+        Raises:
+            RunFailed: they did not come.
+        """
         run = self._settings.run
         settled = False
+        began = time.monotonic()
         while True:
-            available = {d.client_id: d for d in self._c.registry.available(now=time.monotonic())}
-            wanted = run.min_available_clients
-            if len(available) < wanted:
+            now, carried = time.monotonic(), self._c.carried()
+            available = {
+                d.client_id: d
+                for d in self._c.registry.available(now=now)
+                if d.client_id not in carried
+            }
+            found, wanted = len(available) + len(carried), run.min_available_clients
+            if found < wanted:
                 settled = False
-                self._c.tell("waiting", f"waiting for {_missing(len(available), wanted, self._c)}")
+                waiting = f"waiting for {_missing(found, wanted, self._c)}"
+                self._c.tell("waiting", waiting)
+                if now - began > run.gather_deadline_s:
+                    heard = _last_heard(self._c, now)
+                    raise RunFailed(f"gave up {waiting} after {run.gather_deadline_s:g} s{heard}")
                 await self._c.changed(_TICK_S)
             elif number == 1 and not settled:
                 settled = True
                 await asyncio.sleep(_SETTLE_S)
             else:
-                cohort = choose_cohort(
-                    available, run.clients_per_round, seed=run.seed, round_number=number
+                size = cohort_size(
+                    run.clients_per_round, extra=run.over_selection, busy=len(carried)
                 )
+                if size is None:
+                    return []
+                cohort = choose_cohort(available, size, seed=run.seed, round_number=number)
                 return [available[client_id] for client_id in cohort]
 
     async def _plan(
@@ -455,15 +509,23 @@ class Run:
 
     def _combine(self, number: int, clients: tuple[str, ...]) -> None:
         record, storage = self._c.history[number], self._storage
+        before = self._c.adapter_round
+        current = read_adapter(storage.adapter_path(before))
         updates = []
         for client_id in clients:
-            metrics = record.clients[client_id].metrics
-            assert metrics is not None
-            tensors = AdapterFile(storage.update_path(number, client_id))
-            updates.append(ClientUpdate(client_id, metrics.num_examples, tensors))
-        before = self._c.adapter_round
+            client = record.clients[client_id]
+            assert client.metrics is not None
+            tensors: Adapter = AdapterFile(storage.update_path(number, client_id))
+            if staleness := self._c.staleness(client.base_round):
+                tensors = Rebased(
+                    tensors,
+                    base=AdapterFile(storage.adapter_path(client.base_round)),
+                    current=current,
+                    weight=discount(staleness, self._settings.run.staleness_exponent),
+                )
+            updates.append(ClientUpdate(client_id, client.metrics.num_examples, tensors))
         combined = combine(
-            read_adapter(storage.adapter_path(before)),
+            current,
             updates,
             settings=method.aggregation_settings(self._settings),
             state=read_state(storage.state_path(before)),
@@ -485,7 +547,7 @@ class Run:
         assert current is not None
         number, last = current.number, current.number >= run.num_rounds
         record = self._c.history[number]
-        record.seconds = time.time() - record.started
+        record.seconds = self._c.clock.now() - record.started
         if isinstance(effect, rounds.Abandon):
             self._log.warning("round abandoned", round=number, reason=effect.reason)
             self._check_hope(number)
@@ -498,8 +560,6 @@ class Run:
             if number % run.save_every == 0:
                 self._export(self._storage.peft_dir(f"round-{number:04d}"))
             self._storage.drop_updates(number)
-        for row in record.rows():
-            self._storage.add_metrics(row)
         self._c.close_round(seconds=record.seconds)
         self._storage.drop_bridges()
         self._log.info("round closed", round=number, loss=record.loss, phase=current.phase.value)
@@ -532,7 +592,7 @@ class Run:
         evaluated = [record for record in done if record.loss is not None]
         assert self._c.spec is not None
         if not self._storage.fact("finished"):  # or this is a second look at a finished run
-            self._storage.add_metrics(
+            self._c.add_last_metrics(
                 {
                     "type": "run",
                     "rounds": len(done),
@@ -556,3 +616,11 @@ def _missing(found: int, wanted: int, coordinator: Coordinator) -> str:
     if unfit:
         text += f" ({', '.join(sorted(unfit))}: not enough memory, see `fedpruner devices`)"
     return text
+
+
+def _last_heard(coordinator: Coordinator, now: float) -> str:
+    """What became of the devices that were there."""
+    lease_s, devices = coordinator.registry.lease_s, coordinator.registry.devices.values()
+    lost = [d for d in devices if now - d.last_seen > lease_s]
+    heard = [f"{d.client_id} was last heard {now - d.last_seen:.0f} s ago" for d in lost]
+    return f" ({'; '.join(sorted(heard))})" if heard else ""

@@ -2,24 +2,27 @@
 
 import asyncio
 import re
-import tempfile
+import time
 from collections.abc import AsyncIterator
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from fedpruner_common import convert
 from fedpruner_common.adapters import to_peft
-from fedpruner_common.chunks import ChunkWriter, read_chunks
+from fedpruner_common.chunks import Chunk
 from fedpruner_common.convert_statistics import statistics_from_pb
-from fedpruner_common.errors import CorruptChunk, InvalidUpdate
+from fedpruner_common.errors import InvalidUpdate
 from fedpruner_common.pb import federation_pb2 as pb
 from fedpruner_common.pb.federation_pb2_grpc import FederationServicer
-from fedpruner_common.rpc import HEARTBEATS_PER_LEASE, STREAM_IDLE_S
+from fedpruner_common.rpc import HEARTBEATS_PER_LEASE, PULL_WAIT_S
 from fedpruner_common.task import ProbeTask, Task
+from fedpruner_common.wire import Upload
 from fedpruner_server.coordinator import Coordinator
-from fedpruner_server.core.validation import max_update_bytes
-from fedpruner_server.tasks import Tasks, Waiting
-from fedpruner_server.tensorfile import slice_chunks
+from fedpruner_server.receiving import receive
+from fedpruner_server.sending import send_joined, send_ranges
+from fedpruner_server.tasks import Claim, Tasks, Waiting
+from fedpruner_server.tensorfile import sliced
+from fedpruner_server.transfers import Downloads, Pace, UploadSlots, watched
 
 # Becomes a file name and a label in logs and metrics.
 _CLIENT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
@@ -32,7 +35,11 @@ class Federation(FederationServicer):
     def __init__(self, coordinator: Coordinator) -> None:
         self._tasks = Tasks(coordinator)
         self._blocks = coordinator.blocks
-        self._storage = coordinator.storage
+        self._options = options = coordinator.settings.transfer
+        self._uploads = UploadSlots(options.max_uploads)
+        self._downloads = Downloads(
+            options.max_downloads, bytes_per_s=options.max_bytes_per_s, idle_s=options.idle_s
+        )
 
     async def Register(self, request: pb.RegisterRequest, _: Any) -> pb.RegisterReply:
         if not _CLIENT_ID.fullmatch(request.client_id):
@@ -46,13 +53,22 @@ class Federation(FederationServicer):
             memory_kind=request.memory_kind,
             read_bytes_per_s=request.read_bytes_per_s,
         )
-        interval_s = self._tasks.lease_s / HEARTBEATS_PER_LEASE
-        return pb.RegisterReply(session=device.session, heartbeat_interval_s=interval_s)
+        lease_s = self._tasks.lease_s
+        return pb.RegisterReply(
+            session=device.session,
+            heartbeat_interval_s=lease_s / HEARTBEATS_PER_LEASE,
+            lease_s=lease_s,
+            run_id=self._tasks.run_id,
+        )
 
     async def Heartbeat(self, request: pb.HeartbeatRequest, _: Any) -> pb.HeartbeatReply:
         device = self._tasks.device(request.client_id, request.session)
-        device.activity = request.activity[:80]
-        device.step, device.num_steps = request.step, request.num_steps
+        device.does(
+            request.activity[:80],
+            step=request.step,
+            num_steps=request.num_steps,
+            now=time.monotonic(),
+        )
         device.train_loss = request.train_loss or device.train_loss
         return pb.HeartbeatReply(task_id=self._tasks.still_wanted(device, request.task_id))
 
@@ -69,50 +85,54 @@ class Federation(FederationServicer):
             return pb.PullTaskReply(waiting=answer.reason)
         return pb.PullTaskReply(finished=answer.reason)
 
-    async def FetchBlobs(self, request: pb.FetchBlobsRequest, _: Any) -> AsyncIterator[pb.Chunk]:
+    async def FetchBlobs(self, request: pb.FetchBlobsRequest, _: Any) -> AsyncIterator[Chunk]:
         device = self._tasks.device(request.client_id, request.session)
         if len(request.blobs) > _MAX_BLOBS_PER_CALL:
             raise InvalidUpdate(
                 f"{len(request.blobs)} blobs in one call, at most {_MAX_BLOBS_PER_CALL}"
             )
-        for index, blob in enumerate(request.blobs):
-            for chunk in read_chunks(
-                self._blocks.locate(blob.hash), blob=index, offset=blob.offset
-            ):
-                self._tasks.count_down(device, base=len(chunk.data))
-                yield chunk
+        parts = [(self._blocks.locate(blob.hash), blob.offset) for blob in request.blobs]
+        async for chunk in self._downloads.in_turn(send_ranges(parts)):
+            self._tasks.count_down(device, base=len(chunk.data))
+            yield chunk
 
-    async def FetchAdapter(
-        self, request: pb.FetchAdapterRequest, _: Any
-    ) -> AsyncIterator[pb.Chunk]:
+    async def FetchAdapter(self, request: pb.FetchAdapterRequest, _: Any) -> AsyncIterator[Chunk]:
         device = self._tasks.device(request.client_id, request.session)
         path, shapes = self._tasks.adapter_of(device, request.task_id)
-        for chunk in slice_chunks(path, map(to_peft, shapes)):
+        head, ranges = await asyncio.to_thread(sliced, path, [to_peft(name) for name in shapes])
+        chunks = send_joined(head, ranges, offset=request.offset)
+        async for chunk in self._downloads.in_turn(chunks):
             self._tasks.count_down(device, adapter=len(chunk.data))
             yield chunk
 
-    async def PushUpdate(
-        self, requests: AsyncIterator[pb.PushUpdateRequest], _: Any
-    ) -> pb.PushUpdateReply:
-        header = (await _next_message(requests)).header
+    async def OpenUpload(self, request: pb.OpenUploadRequest, _: Any) -> pb.OpenUploadReply:
+        header = request.header
         device = self._tasks.device(header.client_id, header.session)
-        if not self._tasks.check_update(device, task_id=header.task_id, round_number=header.round):
-            return pb.PushUpdateReply()  # stored before: the agent did not hear the answer
-        shapes = self._tasks.update_shapes(device, header.task_id)
-        limit = max_update_bytes(shapes)
-        if header.num_bytes > limit:
-            raise InvalidUpdate(
-                f"an update of {header.num_bytes} bytes, at most {limit} for this task"
-            )
-        folder = self._storage.update_path(header.round, device.client_id).parent
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".incoming-") as temporary:
-            received = Path(temporary) / "update"
-            await _receive(requests, received, num_bytes=header.num_bytes)
-            metrics = convert.metrics_from_header(header)
-            await self._tasks.store_update(
-                device, received, task_id=header.task_id, metrics=metrics
-            )
+        wait_s = min(PULL_WAIT_S, request.wait_s)
+        incoming = await self._tasks.incoming_in_time(device, _claim(header), wait_s)
+        if incoming is None:
+            return pb.OpenUploadReply(state=pb.OpenUploadReply.STORED)
+        if await self._uploads.acquire(device.client_id, wait_s=wait_s):
+            return pb.OpenUploadReply(state=pb.OpenUploadReply.GRANTED, offset=incoming.offset())
+        reason = f"{self._uploads.num_waiting + 1} devices wait to upload"
+        return pb.OpenUploadReply(state=pb.OpenUploadReply.WAIT, reason=reason)
+
+    async def PushUpdate(self, requests: AsyncIterator[Upload], _: Any) -> pb.PushUpdateReply:
+        options = self._options
+        with watched(options.idle_s) as pulse:
+            header = await anext(requests, None)
+            if header is None or isinstance(header, Chunk):
+                raise InvalidUpdate("an upload begins with its header")
+            device = self._tasks.device(header.client_id, header.session)
+            claim = _claim(header)
+            incoming = self._tasks.incoming(device, claim)
+            if incoming is None:
+                return pb.PushUpdateReply()  # stored before: the agent did not hear the answer
+            async with self._uploads.use(device.client_id):
+                count = partial(self._tasks.count_up, device)
+                pace = Pace(options.max_bytes_per_s)
+                await receive(requests, incoming, pulse, pace, count)
+                await self._tasks.store_update(device, incoming, claim)
         return pb.PushUpdateReply()
 
     async def PushStatistics(
@@ -140,32 +160,11 @@ class Federation(FederationServicer):
         return pb.ReportFailureReply()
 
 
-async def _next_message(requests: AsyncIterator[pb.PushUpdateRequest]) -> pb.PushUpdateRequest:
-    """The next message of an upload.
-
-    Raises:
-        InvalidUpdate: the stream ended or stalled.
-    """
-    try:
-        return await asyncio.wait_for(anext(requests), STREAM_IDLE_S)
-    except StopAsyncIteration:
-        raise InvalidUpdate("the update ended before all its promised bytes") from None
-    except asyncio.TimeoutError:
-        raise InvalidUpdate(f"no message for {STREAM_IDLE_S:.0f} s") from None
-
-
-async def _receive(
-    requests: AsyncIterator[pb.PushUpdateRequest], path: Path, *, num_bytes: int
-) -> None:
-    """Write the promised bytes of an upload to disk, not one more."""
-    writer = ChunkWriter(path, max_bytes=num_bytes)
-    try:
-        while writer.received < num_bytes:
-            writer.write((await _next_message(requests)).chunk)
-        try:
-            await asyncio.wait_for(anext(requests), STREAM_IDLE_S)
-            raise CorruptChunk(f"more than the promised {num_bytes} bytes")
-        except StopAsyncIteration:
-            pass
-    finally:
-        await asyncio.to_thread(writer.close, sync=True)
+def _claim(header: pb.UpdateHeader) -> Claim:
+    return Claim(
+        task_id=header.task_id,
+        round=header.round,
+        num_bytes=header.num_bytes,
+        hash=header.hash,
+        metrics=convert.metrics_from_header(header),
+    )

@@ -5,21 +5,25 @@ state_dir/
     journal.sqlite             events, appended before their effects
     adapters/round-0003.safetensors
     updates/round-0004/<client>.safetensors
+    updates/incoming/<client>/<hash>    as far as it has arrived
     peft/round-0010/  peft/final/
     metrics.jsonl
 """
 
-import fcntl
 import json
 import os
+import secrets
 import shutil
 import sqlite3
+from collections.abc import Iterable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from fedpruner_common.errors import StorageError
+from fedpruner_common.locks import lock_folder
+from fedpruner_common.units import format_bytes
 
 Json = dict[str, Any]
 
@@ -55,7 +59,7 @@ class Storage:
         """
         self.state_dir = state_dir
         with ExitStack() as opened:
-            opened.enter_context(_locked(state_dir))
+            opened.enter_context(lock_folder(state_dir, "fedpruner-server"))
             self._database = opened.enter_context(closing(_open_journal(state_dir)))
             self._opened = opened.pop_all()
 
@@ -65,13 +69,10 @@ class Storage:
         Raises:
             StorageError: the disk is full or read-only.
         """
-        try:
-            self._database.execute(
-                "INSERT INTO events (round, type, data) VALUES (?, ?, ?)",
-                (round_number, event_type, json.dumps(data)),
-            )
-        except sqlite3.Error as error:
-            raise StorageError(f"cannot write the journal in {self.state_dir}: {error}") from error
+        self._write(
+            "INSERT INTO events (round, type, data) VALUES (?, ?, ?)",
+            (round_number, event_type, json.dumps(data)),
+        )
 
     def entries(self) -> list[JournalEntry]:
         """Every event so far, oldest first."""
@@ -84,8 +85,36 @@ class Storage:
         return json.loads(row[0]) if row else None
 
     def remember(self, key: str, value: Any) -> None:
-        """Remember a JSON value under a key."""
-        self._database.execute("REPLACE INTO facts VALUES (?, ?)", (key, json.dumps(value)))
+        """Remember a JSON value under a key.
+
+        Raises:
+            StorageError: the disk is full or read-only.
+        """
+        self._write("REPLACE INTO facts VALUES (?, ?)", (key, json.dumps(value)))
+
+    def _write(self, statement: str, values: tuple[Any, ...]) -> None:
+        try:
+            self._database.execute(statement, values)
+        except sqlite3.Error as error:
+            raise StorageError(f"cannot write the journal in {self.state_dir}: {error}") from error
+
+    def trouble(self, *, min_free_bytes: int) -> str:
+        """Why nothing can be stored now, for people; empty if it can. Writes a little to see."""
+        try:
+            free = shutil.disk_usage(self.state_dir).free
+            probe = self.state_dir / "write-test"
+            with probe.open("wb") as file:
+                file.write(bytes(4096))
+                os.fsync(file.fileno())
+            probe.unlink()
+        except OSError as error:
+            return f"the coordinator cannot write to its disk: {error.strerror or error}"
+        if free < min_free_bytes:
+            return (
+                f"the coordinator's disk is full: {format_bytes(free)} free, "
+                f"{format_bytes(min_free_bytes)} needed"
+            )
+        return ""
 
     def adapter_path(self, round_number: int) -> Path:
         """The global adapter after a round; 0 is the one before the first."""
@@ -102,6 +131,25 @@ class Storage:
     def update_path(self, round_number: int, client_id: str) -> Path:
         return self.state_dir / "updates" / f"round-{round_number:04d}" / f"{client_id}.safetensors"
 
+    def incoming_path(self, client_id: str, content_hash: str) -> Path:
+        """Where a client's update arrives; what is there of its other ones is deleted."""
+        folder = self.state_dir / "updates" / "incoming" / client_id
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / content_hash
+        for old in folder.iterdir():
+            if old != path:
+                old.unlink(missing_ok=True)
+        return path
+
+    @property
+    def run_id(self) -> str:
+        """Tells this state directory's run from any other."""
+        known: str | None = self.fact("run_id")
+        if known is None:
+            known = secrets.token_hex(8)
+            self.remember("run_id", known)
+        return known
+
     def peft_dir(self, name: str) -> Path:
         return self.state_dir / "peft" / name
 
@@ -113,31 +161,28 @@ class Storage:
         """Delete the bridges of a round that is over; the next has its own."""
         shutil.rmtree(self.bridge_path("any").parent, ignore_errors=True)
 
-    def add_metrics(self, row: Json) -> None:
-        """Append a line to metrics.jsonl."""
-        with (self.state_dir / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
+    def add_metrics(self, rows: Iterable[Json], *, after_bytes: int | None) -> int:
+        """Append lines to metrics.jsonl; returns its size.
+
+        Args:
+            rows: the lines.
+            after_bytes: size of the file that is known to be whole; what was written after it, by
+                a coordinator that did not live to journal it, is overwritten. None: all of it.
+        """
+        path = self.state_dir / "metrics.jsonl"
+        with path.open("r+b" if path.exists() else "wb") as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(end if after_bytes is None else min(end, after_bytes))
+            file.truncate()
+            for row in rows:
+                file.write(json.dumps(row).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+            return file.tell()
 
     def close(self) -> None:
         """Let another coordinator have the directory."""
         self._opened.close()
-
-
-def _locked(state_dir: Path) -> TextIO:
-    """The directory's lock file, held until it is closed."""
-    try:
-        state_dir.mkdir(parents=True, exist_ok=True)
-        lock = (state_dir / "lock").open("w")
-    except OSError as error:
-        raise StorageError(f"cannot write to the state directory {state_dir}: {error}") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        lock.close()
-        raise StorageError(
-            f"another fedpruner-server is using {state_dir}; stop it first"
-        ) from error
-    return lock
 
 
 def _open_journal(state_dir: Path) -> sqlite3.Connection:
@@ -156,10 +201,18 @@ def _open_journal(state_dir: Path) -> sqlite3.Connection:
 
 
 def make_durable(path: Path, final: Path) -> None:
-    """Move a finished file into place so that it survives a power cut."""
+    """Move a finished file, whose bytes are on disk, into place so that it survives a power cut."""
+    new_folder = not final.parent.is_dir()
+    final.parent.mkdir(parents=True, exist_ok=True)
     os.replace(path, final)
-    directory = os.open(final.parent, os.O_RDONLY)
+    _sync_folder(final.parent)
+    if new_folder:
+        _sync_folder(final.parent.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(directory)
+        os.fsync(descriptor)
     finally:
-        os.close(directory)
+        os.close(descriptor)

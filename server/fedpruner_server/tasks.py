@@ -4,12 +4,20 @@ Answers from the coordinator's state; every change of it goes through `Coordinat
 """
 
 import asyncio
+import re
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fedpruner_common.adapters import from_peft
-from fedpruner_common.errors import BudgetTooSmall, InvalidUpdate, ModelError, StaleRound
+from fedpruner_common.errors import (
+    BudgetTooSmall,
+    Busy,
+    InvalidUpdate,
+    ModelError,
+    StaleRound,
+    Unavailable,
+)
 from fedpruner_common.log import get_logger
 from fedpruner_common.rpc import PULL_WAIT_S
 from fedpruner_common.statistics import Statistics
@@ -19,12 +27,15 @@ from fedpruner_server.core import round as rounds
 from fedpruner_server.core import validation
 from fedpruner_server.core.planning import fit_somehow
 from fedpruner_server.core.round import Outcome, Phase
-from fedpruner_server.export import read_adapter
+from fedpruner_server.export import AdapterFile
 from fedpruner_server.history import ClientRecord
 from fedpruner_server.method import adapter_components, make_task
+from fedpruner_server.receiving import Incoming
 from fedpruner_server.registry import Device
 from fedpruner_server.storage import make_durable
 from fedpruner_server.tensorfile import read_header
+
+_HASH = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -41,11 +52,31 @@ class Finished:
     reason: str
 
 
+@dataclass(frozen=True)
+class Claim:
+    """What an agent says of an update before it sends it.
+
+    Attributes:
+        task_id: whose update it is.
+        round: of the task.
+        num_bytes: of its safetensors file.
+        hash: BLAKE3 of the file, hex.
+        metrics: of the training.
+    """
+
+    task_id: str
+    round: int
+    num_bytes: int
+    hash: str
+    metrics: UpdateMetrics
+
+
 class Tasks:
     """The agents' side of a coordinator."""
 
     def __init__(self, coordinator: Coordinator) -> None:
         self._c = coordinator
+        self.run_id = coordinator.storage.run_id
         self.lease_s = coordinator.registry.lease_s
         self._log = get_logger()
 
@@ -99,7 +130,7 @@ class Tasks:
 
     def _next_for(self, device: Device) -> Task | ProbeTask | Waiting | Finished:
         device.task_id = ""
-        if self._c.state in ("finished", "failed"):
+        if self._c.is_over:
             device.told_finished = True
             device.activity = "done"
             return Finished(self._c.explanation)
@@ -110,6 +141,7 @@ class Tasks:
             return probe
         if (task_id := self._open_task(device)) is not None:
             device.task_id = task_id
+            device.progressed_at = time.monotonic()
             return self._task(device)
         device.activity = "waiting"
         return Waiting(self._c.explanation)
@@ -117,12 +149,16 @@ class Tasks:
     def _open_task(self, device: Device) -> str | None:
         """Id of the device's task in the current round, while an update of it is waited for."""
         current = self._c.round
-        if current is None or current.phase is not Phase.TRAINING:
+        if current is None or not (current.phase is Phase.TRAINING or self._carries_on(current)):
             return None
         state = current.tasks.get(device.client_id)
         if state is None or state.outcome not in (Outcome.WORKING, Outcome.LOST):
             return None
         return state.task_id
+
+    def _carries_on(self, current: rounds.Round) -> bool:
+        """Whether tasks of a round that has ended may go on in the next."""
+        return current.carries and not self._c.is_over
 
     def _check_fits(self, device: Device) -> None:
         if self._c.spec is None:
@@ -143,8 +179,7 @@ class Tasks:
         """The task of a client in the current round, from what the journal says of it."""
         assert self._c.round is not None
         assert self._c.spec is not None
-        number = self._c.round.number
-        record = self._c.history[number].clients[device.client_id]
+        record = self._c.history[self._c.round.number].clients[device.client_id]
         device.components = record.components
         device.predicted_peak_bytes = record.predicted_peak_bytes
         return make_task(
@@ -152,7 +187,7 @@ class Tasks:
             self._c.spec,
             record.plan,
             task_id=device.task_id,
-            number=number,
+            number=record.task_round,
             tensors=self._c.blocks.tensors,
             files=self._c.blocks.files,
         )
@@ -199,17 +234,19 @@ class Tasks:
 
     def adapter_of(self, device: Device, task_id: str) -> tuple[Path, dict[str, tuple[int, int]]]:
         """The file of the global adapter, and name -> shape of what the task needs of it."""
-        path, spec = self._c.storage.adapter_path(self._c.adapter_round), self._c.spec
+        storage, spec = self._c.storage, self._c.spec
         survey = self._c.survey
         if survey is not None and survey.tasks.get(device.client_id) == task_id:
             assert spec is not None
+            path = storage.adapter_path(self._c.adapter_round)
             return path, spec.adapter_shapes(self._c.settings.lora.r)
         record = self.client_record(device, task_id)
         assert spec is not None
+        path = storage.adapter_path(record.base_round)
         components = adapter_components(spec, record.plan)
         return path, spec.adapter_shapes(self._c.settings.lora.r, components)
 
-    def update_shapes(self, device: Device, task_id: str) -> dict[str, tuple[int, int]]:
+    def _update_shapes(self, device: Device, task_id: str) -> dict[str, tuple[int, int]]:
         """Name -> shape of the tensors in the task's update."""
         record = self.client_record(device, task_id)
         assert self._c.spec is not None
@@ -218,48 +255,102 @@ class Tasks:
     def count_down(self, device: Device, *, base: int = 0, adapter: int = 0) -> None:
         """Count bytes sent to a device, also for its task of the current round."""
         device.bytes_down += base + adapter
+        device.progressed_at = time.monotonic()
         if self._c.round is not None:
             record = self._c.history[self._c.round.number].clients.get(device.client_id)
             if record is not None:
                 record.base_bytes_down += base
                 record.adapter_bytes_down += adapter
 
-    def check_update(self, device: Device, *, task_id: str, round_number: int) -> bool:
+    def count_up(self, device: Device, num_bytes: int) -> None:
+        """Count bytes that came from a device."""
+        device.bytes_up += num_bytes
+        device.progressed_at = time.monotonic()
+
+    async def incoming_in_time(
+        self, device: Device, claim: Claim, wait_s: float
+    ) -> Incoming | None:
+        """The same as `incoming`, after the next round has begun if that is what it waits for."""
+        deadline = time.monotonic() + wait_s
+        while True:
+            try:
+                return self.incoming(device, claim)
+            except Busy:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise
+                await self._c.changed(left)
+
+    def incoming(self, device: Device, claim: Claim) -> Incoming | None:
+        """Where an update is to arrive; None if it is stored already.
+
+        Raises:
+            StaleRound: it comes too late, or is not this device's.
+            Busy: it is late, and will be welcome in the next round.
+            InvalidUpdate: it is larger than its task allows, or what is said of it makes no sense.
+            Unavailable: the disk has no room.
+        """
+        if not self._accepts(device, claim):
+            return None
+        validation.check_metrics(claim.metrics)
+        limit = validation.max_update_bytes(self._update_shapes(device, claim.task_id))
+        if claim.num_bytes > limit:
+            raise InvalidUpdate(
+                f"an update of {claim.num_bytes} bytes, at most {limit} for this task"
+            )
+        if not _HASH.fullmatch(claim.hash):
+            raise InvalidUpdate(f"{claim.hash[:80]!r} is not a content hash")
+        if self._c.trouble:
+            raise Unavailable(self._c.trouble)
+        path = self._c.storage.incoming_path(device.client_id, claim.hash)
+        return Incoming(path, claim.num_bytes, claim.hash)
+
+    def _accepts(self, device: Device, claim: Claim) -> bool:
         """Whether the device's update still has to travel.
 
         Raises:
             StaleRound: it comes too late, or is not this device's.
         """
-        if self._c.round is None or self._c.round.number != round_number:
-            current = self._c.round.number if self._c.round else 0
-            raise StaleRound(f"an update for round {round_number}; the current one is {current}")
-        return rounds.check_accepts(self._c.round, client_id=device.client_id, task_id=task_id)
+        if self._c.round is None or self._c.is_over:
+            raise StaleRound("no round is under way")
+        awaited = rounds.check_accepts(
+            self._c.round, client_id=device.client_id, task_id=claim.task_id
+        )
+        task_round = self.client_record(device, claim.task_id).task_round
+        if claim.round != task_round:
+            raise StaleRound(
+                f"an update for round {claim.round}; {claim.task_id} is of round {task_round}"
+            )
+        return awaited
 
-    async def store_update(
-        self, device: Device, received: Path, *, task_id: str, metrics: UpdateMetrics
-    ) -> None:
-        """Judge a received update, make it durable and count it.
+    async def store_update(self, device: Device, incoming: Incoming, claim: Claim) -> None:
+        """Judge an update that has arrived, make it durable and count it.
 
         Raises:
-            InvalidUpdate: it is not what the task asked for.
+            InvalidUpdate: it is not what the task asked for; nothing of it is kept.
             StaleRound: the round ended meanwhile.
         """
-        validation.check_metrics(metrics)
         assert self._c.round is not None
         number = self._c.round.number
-        shapes = self.update_shapes(device, task_id)
-        await asyncio.to_thread(_check_update_file, received, shapes)
-        if not self.check_update(device, task_id=task_id, round_number=number):
-            return
+        shapes = self._update_shapes(device, claim.task_id)
         final = self._c.storage.update_path(number, device.client_id)
-        make_durable(received, final)
-        bytes_up = final.stat().st_size
+        try:
+            await asyncio.to_thread(_check_update_file, incoming.path, shapes)
+        except InvalidUpdate:
+            incoming.path.unlink(missing_ok=True)
+            raise
+        # From here to the journal nothing else happens.
+        if not self._accepts(device, claim):
+            return
+        if self._c.round.number != number:
+            raise Busy(f"round {number} ended while its update arrived")
+        make_durable(incoming.path, final)
+        metrics = claim.metrics
         device.measured_peak_bytes = metrics.measured_peak_bytes
         device.train_loss = metrics.train_loss_last
-        device.bytes_up += bytes_up
         device.task_id = ""
         event = rounds.UpdateStored(device.client_id)
-        self._c.apply(event, metrics=asdict(metrics), bytes_up=bytes_up)
+        self._c.apply(event, metrics=asdict(metrics), bytes_up=claim.num_bytes)
         self._log.info(
             "update stored",
             client=device.client_id,
@@ -324,4 +415,4 @@ def _check_update_file(path: Path, shapes: dict[str, tuple[int, int]]) -> None:
             f"the update is not a safetensors file of LoRA weights: {error}"
         ) from error
     validation.check_tensors(shapes, found)
-    validation.check_values(read_adapter(path))
+    validation.check_values(AdapterFile(path))

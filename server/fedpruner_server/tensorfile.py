@@ -4,16 +4,14 @@ Format: 8 bytes little-endian header length, JSON header (name -> dtype, shape, 
 """
 
 import json
-import os
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedpruner_common.chunks import CHUNK_BYTES, FileRange, make_chunk
+from fedpruner_common.chunks import FileRange
 from fedpruner_common.errors import ModelError
 from fedpruner_common.manifest import TensorInfo
-from fedpruner_common.pb.federation_pb2 import Chunk
 
 _MAX_HEADER_BYTES = 100 << 20  # as in the safetensors library
 
@@ -68,52 +66,28 @@ def read_header(path: Path) -> dict[str, LocatedTensor]:
     return located
 
 
-def slice_chunks(path: Path, names: Iterable[str]) -> Iterator[Chunk]:
-    """Some tensors of a safetensors file as the chunks of a smaller one.
+def sliced(path: Path, names: Iterable[str]) -> tuple[bytes, list[FileRange]]:
+    """Some tensors of a safetensors file as a smaller one: its first bytes, then where the rest is.
 
-    Holds one chunk at a time. Names that follow each other in the file are best given together.
+    Ranges that follow each other in the file are one.
 
     Raises:
-        ModelError: the file is broken or ended while it was read.
+        ModelError: the file is broken.
         KeyError: it has no such tensor.
     """
     located = read_header(path)
     wanted = sorted((located[name] for name in names), key=lambda tensor: tensor.place.start)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    ranges: list[FileRange] = []
     end = 0
     for tensor in wanted:
-        info = tensor.info
+        info, place = tensor.info, tensor.place
         offsets = [end, end := end + info.num_bytes]
         header[info.name] = {"dtype": info.dtype, "shape": info.shape, "data_offsets": offsets}
+        if ranges and ranges[-1].start + ranges[-1].num_bytes == place.start:
+            last = ranges.pop()
+            place = FileRange(path, last.start, last.num_bytes + place.num_bytes)
+        ranges.append(place)
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    pieces = _pieces(path, struct.pack("<Q", len(text)) + text, [tensor.place for tensor in wanted])
-    offset = 0
-    for data in _rechunked(pieces):
-        yield make_chunk(data, blob=0, offset=offset)
-        offset += len(data)
-
-
-def _pieces(path: Path, head: bytes, ranges: list[FileRange]) -> Iterator[bytes]:
-    yield head
-    with path.open("rb", buffering=0) as file:
-        for place in ranges:
-            position, end = place.start, place.start + place.num_bytes
-            while position < end:
-                data = os.pread(file.fileno(), min(CHUNK_BYTES, end - position), position)
-                if not data:
-                    raise ModelError(f"{path.name} ended while it was read")
-                yield data
-                position += len(data)
-
-
-def _rechunked(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """The same bytes in pieces of CHUNK_BYTES, the last one shorter."""
-    buffer = bytearray()
-    for piece in pieces:
-        buffer += piece
-        while len(buffer) >= CHUNK_BYTES:
-            yield bytes(buffer[:CHUNK_BYTES])
-            del buffer[:CHUNK_BYTES]
-    if buffer:
-        yield bytes(buffer)
+    return struct.pack("<Q", len(text)) + text, ranges

@@ -203,7 +203,9 @@ def test_an_update_for_a_survey_is_refused(mallory: FakeDevice) -> None:
         client_id="mallory", session=mallory.session, task_id="probe-1-mallory", num_examples=1
     )
     with pytest.raises(StaleRound):
-        mallory.call(mallory.stub.PushUpdate, iter([pb.PushUpdateRequest(header=header)]))
+        mallory.send(header, [])
+    with pytest.raises(StaleRound):
+        mallory.call(mallory.stub.PushUpdate, iter([header]))
 
 
 def test_someone_elses_survey_cannot_be_failed(mallory: FakeDevice) -> None:

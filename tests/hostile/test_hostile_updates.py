@@ -3,18 +3,21 @@
 import json
 import struct
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from blake3 import blake3
 from fake_agent import GIB, FakeAgent, start_server
 from programs import Program, address_of, server_config
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
-from fedpruner_common.chunks import CHUNK_BYTES, make_chunk
+from fedpruner_common.chunks import make_chunk
 from fedpruner_common.errors import (
+    Busy,
     CorruptChunk,
     FedPrunerError,
     InvalidUpdate,
@@ -59,14 +62,8 @@ class FakeTrainer(FakeAgent):
         return pb.UpdateHeader(**values)
 
     def push(self, data: bytes, *, promised: int | None = None, **fields: Any) -> None:
-        def messages() -> Iterator[pb.PushUpdateRequest]:
-            num_bytes = len(data) if promised is None else promised
-            yield pb.PushUpdateRequest(header=self.header(num_bytes, **fields))
-            for offset in range(0, len(data), CHUNK_BYTES):
-                chunk = make_chunk(data[offset : offset + CHUNK_BYTES], blob=0, offset=offset)
-                yield pb.PushUpdateRequest(chunk=chunk)
-
-        self.call(self.stub.PushUpdate, messages())
+        num_bytes = len(data) if promised is None else promised
+        self.send_file(self.header(num_bytes, **fields), data)
 
 
 @pytest.fixture(scope="module")
@@ -222,19 +219,44 @@ def test_a_stream_that_ends_early_is_refused(
 def test_a_damaged_chunk_is_refused(mallory: FakeTrainer, good: dict[str, np.ndarray]) -> None:
     data = save_safetensors(good)
     chunk = make_chunk(data, blob=0, offset=0)
-    chunk.data = data[:-1] + bytes([data[-1] ^ 1])
-    messages = [
-        pb.PushUpdateRequest(header=mallory.header(len(data))),
-        pb.PushUpdateRequest(chunk=chunk),
-    ]
+    damaged = replace(chunk, data=data[:-1] + bytes([data[-1] ^ 1]))
+    header = mallory.header(len(data), hash=blake3(data).hexdigest())
     with pytest.raises(CorruptChunk, match="checksum"):
-        mallory.call(mallory.stub.PushUpdate, iter(messages))
+        mallory.send(header, [damaged])
+    # Nothing of it is kept: the next attempt begins at the start.
+    reply = mallory.call(mallory.stub.OpenUpload, pb.OpenUploadRequest(header=header))
+    assert (reply.state, reply.offset) == (pb.OpenUploadReply.GRANTED, 0)
+
+
+def test_a_file_that_is_not_what_its_hash_says_is_refused(
+    mallory: FakeTrainer, good: dict[str, np.ndarray]
+) -> None:
+    data = save_safetensors(good)
+    with pytest.raises(CorruptChunk, match="other content than its hash"):
+        mallory.push(data, hash="ab" * 32)
+    with pytest.raises(InvalidUpdate, match="not a content hash"):
+        mallory.push(data, hash="../../../journal.sqlite")
+
+
+def test_an_upload_without_a_slot_is_refused(agents: tuple[FakeTrainer, FakeTrainer]) -> None:
+    _, alice = agents  # who has not asked for one
+    data = save_safetensors(alice.adapter())
+    header = alice.header(len(data), hash=blake3(data).hexdigest())
+    with pytest.raises(Busy, match="ask for an upload slot first"):
+        alice.call(alice.stub.PushUpdate, iter([header, make_chunk(data, blob=0, offset=0)]))
+
+
+def test_an_upload_that_does_not_begin_with_a_header_is_refused(mallory: FakeTrainer) -> None:
+    with pytest.raises(InvalidUpdate, match="begins with its header"):
+        mallory.call(mallory.stub.PushUpdate, iter([make_chunk(b"x", blob=0, offset=0)]))
+    with pytest.raises(InvalidUpdate, match="begins with its header"):
+        mallory.call(mallory.stub.PushUpdate, iter([]))
 
 
 @pytest.mark.parametrize(
     ("fields", "error", "message"),
     [
-        ({"round": 7}, StaleRound, "an update for round 7; the current one is 1"),
+        ({"round": 7}, StaleRound, "an update for round 7; .* is of round 1"),
         ({"round": 0}, StaleRound, "round 0"),
         ({"task_id": "round-1-alice"}, StaleRound, "not part of"),
         ({"task_id": "nonsense"}, StaleRound, "not part of"),
@@ -297,4 +319,4 @@ def test_after_all_that_the_run_completes_with_exactly_the_honest_values(
         assert agent.pull("finished")
     assert server.wait() == 0
     assert "bug" not in server.output()
-    assert not list(Path(server.stdout_path).parent.glob("state/updates/*/.incoming-*"))
+    assert not list(Path(server.stdout_path).parent.glob("state/updates/incoming/*/*"))

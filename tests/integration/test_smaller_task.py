@@ -1,7 +1,6 @@
 """A device whose memory runs out gets a smaller task in the same round, also across a restart."""
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from programs import address_of, server_config, when_ready
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
-from fedpruner_common.chunks import make_chunk
 from fedpruner_common.errors import BudgetTooSmall, StaleRound
 from fedpruner_common.pb import federation_pb2 as pb
 
@@ -52,25 +50,20 @@ class Device(FakeAgent):
         }
         data = save_safetensors(own)
 
-        def messages() -> Iterator[pb.PushUpdateRequest]:
-            header = pb.UpdateHeader(
-                client_id=self.client_id,
-                session=self.session,
-                task_id=task.task_id,
-                round=task.round,
-                num_examples=10,
-                num_tokens=100,
-                train_loss_first=2.0,
-                train_loss_last=1.0,
-                measured_peak_bytes=task.predicted_peak_bytes,
-                num_bytes=len(data),
-                train_s=1.0,
-                rungs=rungs,
-            )
-            yield pb.PushUpdateRequest(header=header)
-            yield pb.PushUpdateRequest(chunk=make_chunk(data, blob=0, offset=0))
-
-        self.call(self.stub.PushUpdate, messages())
+        header = pb.UpdateHeader(
+            client_id=self.client_id,
+            session=self.session,
+            task_id=task.task_id,
+            round=task.round,
+            num_examples=10,
+            num_tokens=100,
+            train_loss_first=2.0,
+            train_loss_last=1.0,
+            measured_peak_bytes=task.predicted_peak_bytes,
+            train_s=1.0,
+            rungs=rungs,
+        )
+        self.send_file(header, data)
 
 
 @pytest.fixture

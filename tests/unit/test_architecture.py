@@ -42,12 +42,12 @@ PB_HOMES = (
     "fedpruner_common.pb",
     "fedpruner_common.convert",
     "fedpruner_common.convert_statistics",
-    "fedpruner_common.chunks",
+    "fedpruner_common.wire",
     "fedpruner_server.servicer",
     "fedpruner_server.admin",
-    "fedpruner_server.tensorfile",
     "fedpruner_server.app",
     "fedpruner_client.connection",
+    "fedpruner_client.transfers",
     "fedpruner_client.ctl",
 )
 CORE = ("fedpruner_server.core",)

@@ -21,16 +21,18 @@ def receive(cache, content_hash, data, *, num_bytes=None, resume=False):
     """Bytes of a blob arrive, from where it stopped."""
     size = len(data) if num_bytes is None else num_bytes
     writer = cache.writer(content_hash, size, resume=resume)
-    writer.write(make_chunk(data, blob=0, offset=writer.received))
+    if data:
+        writer.write(make_chunk(data, blob=0, offset=writer.received))
     writer.close()
+    return writer
 
 
 def put(cache, data, *, used_at=None):
     content_hash = hash_of(data)
-    receive(cache, content_hash, data)
-    cache.complete(content_hash)
+    cache.complete(content_hash, receive(cache, content_hash, data))
     if used_at is not None:
-        os.utime(cache.path(content_hash), (used_at, used_at))
+        path = cache.path(content_hash)
+        os.utime(path, (used_at, path.stat().st_mtime))
     return content_hash
 
 
@@ -52,8 +54,8 @@ def test_a_broken_download_goes_on_where_it_stopped(cache):
     content_hash = hash_of(b"hello world")
     receive(cache, content_hash, b"hello", num_bytes=11)
     assert cache.missing({content_hash: 11}) == {content_hash: 5}
-    receive(cache, content_hash, b" world", num_bytes=11, resume=True)
-    cache.complete(content_hash)
+    writer = receive(cache, content_hash, b" world", num_bytes=11, resume=True)
+    cache.complete(content_hash, writer)
     assert cache.missing({content_hash: 11}) == {}
 
 
@@ -65,9 +67,9 @@ def test_a_partial_file_longer_than_its_blob_is_started_over(cache):
 
 def test_a_blob_with_other_content_is_refused_and_deleted(cache):
     content_hash = hash_of(b"hello")
-    receive(cache, content_hash, b"hellO")
+    writer = receive(cache, content_hash, b"hellO")
     with pytest.raises(CorruptChunk, match=content_hash[:12]):
-        cache.complete(content_hash)
+        cache.complete(content_hash, writer)
     assert cache.missing({content_hash: 5}) == {content_hash: 0}
 
 
@@ -122,3 +124,41 @@ def test_a_cache_that_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="cannot write to the cache"):
         Cache(tmp_path / "file" / "cache", limit_bytes=1)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_blob_that_changed_on_disk_is_fetched_again(cache, tmp_path, again):
+    content_hash = put(cache, b"hello")
+    cache.path(content_hash).write_bytes(b"hellO")  # as long as before
+    if again:  # also by an agent that was started after it happened
+        cache = Cache(tmp_path / "cache", limit_bytes=100)
+    assert cache.missing({content_hash: 5}) == {content_hash: 0}
+    assert not cache.path(content_hash).exists()
+
+
+def test_a_blob_that_nobody_touched_is_hashed_once(cache, tmp_path, monkeypatch):
+    content_hash = put(cache, b"hello")
+    again = Cache(tmp_path / "cache", limit_bytes=100)
+    hashed = []
+    monkeypatch.setattr(
+        "fedpruner_client.cache.hash_file", lambda p: hashed.append(p) or content_hash
+    )
+    for _ in range(3):
+        assert again.missing({content_hash: 5}) == {}
+    assert hashed == [cache.path(content_hash)]
+
+
+def test_what_has_arrived_of_a_blob_counts_against_the_limit(cache):
+    content_hash = hash_of(b"x" * 90)
+    receive(cache, content_hash, b"x" * 60, num_bytes=90)
+    cache.make_room(30, keep=[content_hash])
+    with pytest.raises(StorageError, match="need 110 B of disk"):
+        cache.make_room(50, keep=[content_hash])
+
+
+def test_a_disk_without_room_is_an_error_before_anything_travels(cache, monkeypatch):
+    full = os.statvfs_result((1, 10, 100, 5, 4, 0, 0, 0, 0, 255))  # 4 blocks of 10 bytes to be had
+    monkeypatch.setattr(os, "statvfs", lambda _: full)
+    cache.make_room(40, keep=[])
+    with pytest.raises(StorageError, match=r"need 41 B more disk, .* has 40 B free"):
+        cache.make_room(41, keep=[])

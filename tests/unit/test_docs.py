@@ -24,7 +24,11 @@ def documented(number: int, tmp_path: Path) -> Path:
 def test_every_server_setting_is_documented_with_its_default(tmp_path):
     found = load(ServerSettings, documented(0, tmp_path), {}).model_dump()
     expected = ServerSettings(model=Path("path/to/model")).model_dump()
-    expected |= {"ssl_certfile": Path("server.pem"), "ssl_keyfile": Path("server.key")}
+    expected |= {
+        "ssl_certfile": Path("server.pem"),
+        "ssl_keyfile": Path("server.key"),
+        "health_server_address": "127.0.0.1:9094",
+    }
     assert found == expected
     text = documented(0, tmp_path).read_text()
     for key, value in found.items():
@@ -40,6 +44,7 @@ def test_every_agent_setting_is_documented_with_its_default(tmp_path):
         "memory_budget": 6 << 30,
         "root_certificates": Path("ca.pem"),
         "max_retries": 10,
+        "offline_training_s": 600.0,
     }
     assert found == expected
     assert documented(1, tmp_path).read_text().count(" = ") == len(found)

@@ -110,13 +110,51 @@ def test_dropping_the_updates_of_a_round_leaves_those_of_others(storage):
 
 
 def test_metrics_are_one_json_object_a_line(storage):
-    storage.add_metrics({"round": 1})
-    storage.add_metrics({"round": 2, "text": "two\nlines"})
+    size = storage.add_metrics([{"round": 1}], after_bytes=0)
+    storage.add_metrics([{"round": 2, "text": "two\nlines"}], after_bytes=size)
+    assert metrics_of(storage) == [{"round": 1}, {"round": 2, "text": "two\nlines"}]
+
+
+def metrics_of(storage):
     lines = (storage.state_dir / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [
-        {"round": 1},
-        {"round": 2, "text": "two\nlines"},
-    ]
+    return [json.loads(line) for line in lines]
+
+
+def test_metrics_that_were_written_and_not_journaled_are_written_over(storage):
+    size = storage.add_metrics([{"round": 1}], after_bytes=0)
+    storage.add_metrics([{"round": 2}, {"lost": True}], after_bytes=size)
+    storage.add_metrics([{"round": 2}], after_bytes=size)
+    assert metrics_of(storage) == [{"round": 1}, {"round": 2}]
+    with (storage.state_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"round": 3, "half a li')
+    storage.add_metrics([{"round": 2}, {"round": 3}], after_bytes=size)
+    assert metrics_of(storage) == [{"round": 1}, {"round": 2}, {"round": 3}]
+    storage.add_metrics([{"round": 4}], after_bytes=None)  # a journal without sizes: keep all
+    assert [row["round"] for row in metrics_of(storage)] == [1, 2, 3, 4]
+
+
+def test_what_has_arrived_of_other_updates_goes_when_a_client_begins_another(storage):
+    first = storage.incoming_path("a", "11")
+    first.write_bytes(b"x")
+    other = storage.incoming_path("b", "22")
+    other.write_bytes(b"y")
+    assert storage.incoming_path("a", "11").read_bytes() == b"x"
+    assert not storage.incoming_path("a", "33").exists()
+    assert not first.exists()
+    assert other.exists()
+
+
+def test_a_run_has_an_id_of_its_own_that_stays(storage, tmp_path):
+    assert storage.run_id == storage.run_id
+    other = Storage(tmp_path / "other")
+    assert other.run_id != storage.run_id
+    other.close()
+
+
+def test_a_disk_with_room_is_no_trouble_and_one_without_says_how_much_it_has(storage):
+    assert storage.trouble(min_free_bytes=0) == ""
+    assert "disk is full" in storage.trouble(min_free_bytes=1 << 60)
+    assert not (storage.state_dir / "write-test").exists()
 
 
 def test_a_file_made_durable_takes_the_place_of_the_old_one(tmp_path):

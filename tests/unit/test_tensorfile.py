@@ -5,9 +5,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load, save_file
 
-from fedpruner_common.chunks import CHUNK_BYTES
 from fedpruner_common.errors import ModelError
-from fedpruner_server.tensorfile import read_header, slice_chunks
+from fedpruner_server.tensorfile import read_header, sliced
 
 TENSORS = {
     "b": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -99,41 +98,36 @@ def test_a_header_said_to_be_longer_than_the_file_is_refused_before_it_is_read(t
         read_header(path)
 
 
-def join(chunks):
-    return b"".join(chunk.data for chunk in chunks)
+def join(path, names):
+    """A slice as one piece."""
+    head, ranges = sliced(path, names)
+    data = path.read_bytes()
+    return head + b"".join(data[r.start : r.start + r.num_bytes] for r in ranges)
 
 
 @pytest.mark.parametrize(
     "names", [["b"], ["a", "b"], ["large", "scalar"], ["empty"], list(TENSORS), []]
 )
 def test_a_slice_is_a_safetensors_file_with_the_same_values(path, names):
-    sliced = load(join(slice_chunks(path, names)))
-    assert sliced.keys() == set(names)
+    found = load(join(path, names))
+    assert found.keys() == set(names)
     for name in names:
-        np.testing.assert_array_equal(sliced[name], TENSORS[name], strict=True)
+        np.testing.assert_array_equal(found[name], TENSORS[name], strict=True)
 
 
 def test_the_data_of_a_slice_is_aligned_as_the_format_asks(path):
-    data = join(slice_chunks(path, ["b", "large"]))
+    data = join(path, ["b", "large"])
     assert (8 + struct.unpack("<Q", data[:8])[0]) % 8 == 0
 
 
-def test_a_slice_comes_in_chunks_that_follow_each_other(path):
-    chunks = list(slice_chunks(path, TENSORS))
-    assert [len(c.data) for c in chunks[:-1]] == [CHUNK_BYTES] * (len(chunks) - 1)
-    assert [c.offset for c in chunks] == [i * CHUNK_BYTES for i in range(len(chunks))]
-    assert len(chunks) == 3  # 2.8 MB
+def test_tensors_that_follow_each_other_are_one_range(path):
+    _, ranges = sliced(path, list(TENSORS))
+    assert len(ranges) == 1
+    order = sorted(TENSORS, key=lambda name: read_header(path)[name].place.start)
+    _, apart = sliced(path, order[::2])
+    assert len(apart) > 1
 
 
 def test_a_tensor_that_is_not_there_is_an_error(path):
     with pytest.raises(KeyError, match="nope"):
-        next(slice_chunks(path, ["a", "nope"]))
-
-
-def test_a_file_that_shrinks_while_it_is_sliced_is_an_error(path):
-    chunks = slice_chunks(path, ["large"])
-    next(chunks)
-    with path.open("r+b") as file:
-        file.truncate(CHUNK_BYTES)
-    with pytest.raises(ModelError, match="ended while it was read"):
-        list(chunks)
+        sliced(path, ["a", "nope"])

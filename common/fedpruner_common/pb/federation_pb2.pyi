@@ -1,4 +1,5 @@
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
@@ -23,12 +24,16 @@ class RegisterRequest(_message.Message):
     def __init__(self, client_id: _Optional[str] = ..., memory_budget_bytes: _Optional[int] = ..., floor_bytes: _Optional[int] = ..., memory_kind: _Optional[str] = ..., agent_version: _Optional[str] = ..., read_bytes_per_s: _Optional[int] = ...) -> None: ...
 
 class RegisterReply(_message.Message):
-    __slots__ = ("session", "heartbeat_interval_s")
+    __slots__ = ("session", "heartbeat_interval_s", "lease_s", "run_id")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_INTERVAL_S_FIELD_NUMBER: _ClassVar[int]
+    LEASE_S_FIELD_NUMBER: _ClassVar[int]
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
     session: str
     heartbeat_interval_s: float
-    def __init__(self, session: _Optional[str] = ..., heartbeat_interval_s: _Optional[float] = ...) -> None: ...
+    lease_s: float
+    run_id: str
+    def __init__(self, session: _Optional[str] = ..., heartbeat_interval_s: _Optional[float] = ..., lease_s: _Optional[float] = ..., run_id: _Optional[str] = ...) -> None: ...
 
 class HeartbeatRequest(_message.Message):
     __slots__ = ("client_id", "session", "activity", "step", "num_steps", "train_loss", "task_id")
@@ -277,14 +282,16 @@ class FetchBlobsRequest(_message.Message):
     def __init__(self, client_id: _Optional[str] = ..., session: _Optional[str] = ..., blobs: _Optional[_Iterable[_Union[BlobRange, _Mapping]]] = ...) -> None: ...
 
 class FetchAdapterRequest(_message.Message):
-    __slots__ = ("client_id", "session", "task_id")
+    __slots__ = ("client_id", "session", "task_id", "offset")
     CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
     SESSION_FIELD_NUMBER: _ClassVar[int]
     TASK_ID_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
     client_id: str
     session: str
     task_id: str
-    def __init__(self, client_id: _Optional[str] = ..., session: _Optional[str] = ..., task_id: _Optional[str] = ...) -> None: ...
+    offset: int
+    def __init__(self, client_id: _Optional[str] = ..., session: _Optional[str] = ..., task_id: _Optional[str] = ..., offset: _Optional[int] = ...) -> None: ...
 
 class Chunk(_message.Message):
     __slots__ = ("blob", "offset", "data", "checksum")
@@ -299,7 +306,7 @@ class Chunk(_message.Message):
     def __init__(self, blob: _Optional[int] = ..., offset: _Optional[int] = ..., data: _Optional[bytes] = ..., checksum: _Optional[int] = ...) -> None: ...
 
 class UpdateHeader(_message.Message):
-    __slots__ = ("client_id", "session", "task_id", "round", "num_examples", "num_tokens", "train_loss_first", "train_loss_last", "measured_peak_bytes", "num_bytes", "train_s", "rungs")
+    __slots__ = ("client_id", "session", "task_id", "round", "num_examples", "num_tokens", "train_loss_first", "train_loss_last", "measured_peak_bytes", "num_bytes", "train_s", "rungs", "hash")
     CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
     SESSION_FIELD_NUMBER: _ClassVar[int]
     TASK_ID_FIELD_NUMBER: _ClassVar[int]
@@ -312,6 +319,7 @@ class UpdateHeader(_message.Message):
     NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
     TRAIN_S_FIELD_NUMBER: _ClassVar[int]
     RUNGS_FIELD_NUMBER: _ClassVar[int]
+    HASH_FIELD_NUMBER: _ClassVar[int]
     client_id: str
     session: str
     task_id: str
@@ -324,7 +332,34 @@ class UpdateHeader(_message.Message):
     num_bytes: int
     train_s: float
     rungs: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, client_id: _Optional[str] = ..., session: _Optional[str] = ..., task_id: _Optional[str] = ..., round: _Optional[int] = ..., num_examples: _Optional[int] = ..., num_tokens: _Optional[int] = ..., train_loss_first: _Optional[float] = ..., train_loss_last: _Optional[float] = ..., measured_peak_bytes: _Optional[int] = ..., num_bytes: _Optional[int] = ..., train_s: _Optional[float] = ..., rungs: _Optional[_Iterable[str]] = ...) -> None: ...
+    hash: str
+    def __init__(self, client_id: _Optional[str] = ..., session: _Optional[str] = ..., task_id: _Optional[str] = ..., round: _Optional[int] = ..., num_examples: _Optional[int] = ..., num_tokens: _Optional[int] = ..., train_loss_first: _Optional[float] = ..., train_loss_last: _Optional[float] = ..., measured_peak_bytes: _Optional[int] = ..., num_bytes: _Optional[int] = ..., train_s: _Optional[float] = ..., rungs: _Optional[_Iterable[str]] = ..., hash: _Optional[str] = ...) -> None: ...
+
+class OpenUploadRequest(_message.Message):
+    __slots__ = ("header", "wait_s")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    header: UpdateHeader
+    wait_s: float
+    def __init__(self, header: _Optional[_Union[UpdateHeader, _Mapping]] = ..., wait_s: _Optional[float] = ...) -> None: ...
+
+class OpenUploadReply(_message.Message):
+    __slots__ = ("state", "offset", "reason")
+    class State(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        WAIT: _ClassVar[OpenUploadReply.State]
+        GRANTED: _ClassVar[OpenUploadReply.State]
+        STORED: _ClassVar[OpenUploadReply.State]
+    WAIT: OpenUploadReply.State
+    GRANTED: OpenUploadReply.State
+    STORED: OpenUploadReply.State
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    state: OpenUploadReply.State
+    offset: int
+    reason: str
+    def __init__(self, state: _Optional[_Union[OpenUploadReply.State, str]] = ..., offset: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class PushUpdateRequest(_message.Message):
     __slots__ = ("header", "chunk")

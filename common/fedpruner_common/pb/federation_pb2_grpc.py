@@ -59,6 +59,11 @@ class FederationStub(object):
                 request_serializer=fedpruner__common_dot_pb_dot_federation__pb2.FetchAdapterRequest.SerializeToString,
                 response_deserializer=fedpruner__common_dot_pb_dot_federation__pb2.Chunk.FromString,
                 _registered_method=True)
+        self.OpenUpload = channel.unary_unary(
+                '/fedpruner.v1.Federation/OpenUpload',
+                request_serializer=fedpruner__common_dot_pb_dot_federation__pb2.OpenUploadRequest.SerializeToString,
+                response_deserializer=fedpruner__common_dot_pb_dot_federation__pb2.OpenUploadReply.FromString,
+                _registered_method=True)
         self.PushUpdate = channel.stream_unary(
                 '/fedpruner.v1.Federation/PushUpdate',
                 request_serializer=fedpruner__common_dot_pb_dot_federation__pb2.PushUpdateRequest.SerializeToString,
@@ -108,14 +113,22 @@ class FederationServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def FetchAdapter(self, request, context):
-        """The part of the global adapter that belongs to a task, as one safetensors file.
+        """The part of the global adapter that belongs to a task, as one safetensors file, from an offset.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def OpenUpload(self, request, context):
+        """Ask for a slot to upload in, and how much of the update is there already. Long poll, as PullTask.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def PushUpdate(self, request_iterator, context):
-        """First message: header. Then one safetensors file in chunks. Repeating it changes nothing.
+        """First message: the header again. Then the safetensors file in chunks, from the offset that
+        OpenUpload named. Repeating it changes nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -162,6 +175,11 @@ def add_FederationServicer_to_server(servicer, server):
                     servicer.FetchAdapter,
                     request_deserializer=fedpruner__common_dot_pb_dot_federation__pb2.FetchAdapterRequest.FromString,
                     response_serializer=fedpruner__common_dot_pb_dot_federation__pb2.Chunk.SerializeToString,
+            ),
+            'OpenUpload': grpc.unary_unary_rpc_method_handler(
+                    servicer.OpenUpload,
+                    request_deserializer=fedpruner__common_dot_pb_dot_federation__pb2.OpenUploadRequest.FromString,
+                    response_serializer=fedpruner__common_dot_pb_dot_federation__pb2.OpenUploadReply.SerializeToString,
             ),
             'PushUpdate': grpc.stream_unary_rpc_method_handler(
                     servicer.PushUpdate,
@@ -314,6 +332,33 @@ class Federation(object):
             '/fedpruner.v1.Federation/FetchAdapter',
             fedpruner__common_dot_pb_dot_federation__pb2.FetchAdapterRequest.SerializeToString,
             fedpruner__common_dot_pb_dot_federation__pb2.Chunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def OpenUpload(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedpruner.v1.Federation/OpenUpload',
+            fedpruner__common_dot_pb_dot_federation__pb2.OpenUploadRequest.SerializeToString,
+            fedpruner__common_dot_pb_dot_federation__pb2.OpenUploadReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -7,7 +7,8 @@
                               ABANDONED                                DONE
 
 While a round trains, a client that ran out of memory gets a smaller task: TaskTooLarge asks for
-one, TaskReplaced hands it out.
+one, TaskReplaced hands it out. A round with a target ends as soon as so many updates are in; who
+still works then is late, and if the round carries, its task goes on in the next round.
 
 Pure: restarting the coordinator is replaying the journal's events through `step`.
 """
@@ -16,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
-from fedpruner_common.errors import StaleRound
+from fedpruner_common.errors import Busy, StaleRound
 
 
 class Phase(str, Enum):
@@ -53,6 +54,8 @@ class Round:
         phase: where it stands.
         quorum: fewest updates to aggregate.
         deadline: when waiting ends, in the clock of `Tick`.
+        target: updates that are enough; 0 for those of all clients.
+        carries: tasks that are not done when it ends go on in the next round.
         tasks: client -> its task.
         explanation: one sentence for people, when there is something to explain.
     """
@@ -61,6 +64,8 @@ class Round:
     phase: Phase = Phase.GATHERING
     quorum: int = 1
     deadline: float = float("inf")
+    target: int = 0
+    carries: bool = False
     tasks: Mapping[str, TaskState] = field(default_factory=dict)
     explanation: str = ""
 
@@ -74,9 +79,13 @@ class Round:
 
 @dataclass(frozen=True)
 class CohortChosen:
-    tasks: Mapping[str, str]  # client -> task id
+    """Who takes part, client -> task id; those of earlier rounds that go on are among them."""
+
+    tasks: Mapping[str, str]
     quorum: int
     deadline: float
+    target: int = 0
+    carries: bool = False
 
 
 @dataclass(frozen=True)
@@ -193,6 +202,8 @@ def step(current: Round, event: Event) -> tuple[Round, tuple[Effect, ...]]:
             phase=Phase.TRAINING,
             quorum=event.quorum,
             deadline=event.deadline,
+            target=event.target,
+            carries=event.carries,
             tasks=tasks,
         )
         return started, (AssignTasks(),)
@@ -247,7 +258,8 @@ def _settle(current: Round, *, timed_out: bool) -> tuple[Round, tuple[Effect, ..
     """End the training phase when nothing more is to be waited for."""
     stored = current.clients(Outcome.STORED)
     working = current.clients(Outcome.WORKING) + current.clients(Outcome.SHRINKING)
-    if working and not timed_out:
+    enough = 0 < current.target <= len(stored)
+    if working and not timed_out and not enough:
         return current, ()
     if len(stored) >= current.quorum:
         return replace(current, phase=Phase.AGGREGATING), (Aggregate(stored),)
@@ -267,14 +279,25 @@ def check_accepts(current: Round, *, client_id: str, task_id: str) -> bool:
 
     Raises:
         StaleRound: the task is not this client's task of the current round, or too late.
+        Busy: it is late, and will be welcome in the next round.
     """
     task = current.tasks.get(client_id)
     if task is None or task.task_id != task_id:
         raise StaleRound(f"task {task_id[:80]!r} is not part of round {current.number}")
     if task.outcome is Outcome.STORED:
         return False
-    if current.phase is not Phase.TRAINING:
-        raise StaleRound(f"round {current.number} is {current.phase.value}: too late for an update")
     if task.outcome in (Outcome.FAILED, Outcome.SHRINKING):
         raise StaleRound(f"task {task_id} was reported as failed")
+    if current.phase is not Phase.TRAINING:
+        if current.carries:
+            raise Busy(f"round {current.number} is being closed: the next one takes the update")
+        raise StaleRound(f"round {current.number} is {current.phase.value}: too late for an update")
     return True
+
+
+def carried(previous: Round) -> dict[str, str]:
+    """Client -> task id of what goes on after a round has ended."""
+    if not previous.carries:
+        return {}
+    late = previous.clients(Outcome.WORKING)
+    return {client: previous.tasks[client].task_id for client in late}
