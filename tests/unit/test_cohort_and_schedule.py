@@ -1,6 +1,6 @@
 import pytest
 
-from fedpruner_server.core.cohort import choose_cohort
+from fedpruner_server.core.cohort import choose_cohort, cohort_size
 from fedpruner_server.core.schedule import learning_rate
 
 CLIENTS = ["d", "a", "c", "b", "e"]
@@ -57,3 +57,12 @@ def test_a_cosine_starts_at_the_peak_is_half_way_at_half_time_and_never_reaches_
     rates = [rate(n) for n in range(1, 9)]
     assert rates == sorted(rates, reverse=True)
     assert rates[-1] > 0
+
+
+def test_more_are_asked_than_are_needed_less_those_still_at_work():
+    assert cohort_size(0, extra=0.5, busy=3) == 0  # everyone
+    assert cohort_size(10, extra=0.0, busy=0) == 10
+    assert cohort_size(10, extra=0.25, busy=0) == 13  # 12.5
+    assert cohort_size(10, extra=0.25, busy=4) == 9
+    assert cohort_size(4, extra=0.0, busy=4) is None
+    assert cohort_size(4, extra=0.0, busy=6) is None

@@ -1,8 +1,10 @@
 """Scenarios of one round; a clock is a number here."""
 
+from dataclasses import replace
+
 import pytest
 
-from fedpruner_common.errors import StaleRound
+from fedpruner_common.errors import Busy, StaleRound
 from fedpruner_server.core.round import (
     Abandon,
     Aggregate,
@@ -21,6 +23,7 @@ from fedpruner_server.core.round import (
     TaskTooLarge,
     Tick,
     UpdateStored,
+    carried,
     check_accepts,
     step,
 )
@@ -267,3 +270,43 @@ def test_an_update_for_a_task_that_was_too_large_is_refused():
     with pytest.raises(StaleRound, match="not part of round"):
         check_accepts(current, client_id="a", task_id="t1")
     assert check_accepts(current, client_id="a", task_id="t1.2")
+
+
+EARLY_END = CohortChosen({"a": "t1", "b": "t2", "c": "t3"}, quorum=1, deadline=DEADLINE, target=2)
+CARRYING = replace(EARLY_END, carries=True)
+
+
+def test_a_round_with_a_target_ends_as_soon_as_so_many_updates_are_in():
+    current, effects = play(UpdateStored("c"), opening=EARLY_END)
+    assert (current.phase, effects) == (Phase.TRAINING, [])
+    current, effects = play(UpdateStored("c"), UpdateStored("a"), opening=EARLY_END)
+    assert effects == [Aggregate(("a", "c"))]
+    assert current.clients(Outcome.WORKING) == ("b",)
+
+
+def test_a_target_that_cannot_be_reached_any_more_is_not_waited_for():
+    events = [UpdateStored("c"), TaskFailed("a", "no data"), ClientLost("b")]
+    current, effects = play(*events, opening=EARLY_END)
+    assert effects == [Aggregate(("c",))]
+    assert current.phase is Phase.AGGREGATING
+
+
+def test_who_is_late_is_refused_unless_the_round_carries():
+    current, _ = play(UpdateStored("c"), UpdateStored("a"), opening=EARLY_END)
+    assert carried(current) == {}
+    with pytest.raises(StaleRound, match="too late"):
+        check_accepts(current, client_id="b", task_id="t2")
+    current, _ = play(UpdateStored("c"), UpdateStored("a"), opening=CARRYING)
+    assert carried(current) == {"b": "t2"}
+    with pytest.raises(Busy, match="the next one takes the update"):
+        check_accepts(current, client_id="b", task_id="t2")
+
+
+def test_what_failed_or_was_lost_does_not_go_on():
+    opening = CohortChosen(
+        {"a": "t1", "b": "t2", "c": "t3", "d": "t4"}, 1, DEADLINE, target=1, carries=True
+    )
+    events = [TaskFailed("a", "no data"), ClientLost("b"), UpdateStored("c")]
+    current, effects = play(*events, opening=opening)
+    assert effects == [Aggregate(("c",))]
+    assert carried(current) == {"d": "t4"}
