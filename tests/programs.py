@@ -1,10 +1,12 @@
 """Running our real programs in tests: start, wait for a line, stop by pid."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,15 @@ READY_S = 60.0
 class Program:
     """A running command of ours; its output goes to files."""
 
-    def __init__(self, folder: Path, name: str, module: str, *arguments: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        module: str,
+        *arguments: str,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
+        """Start `python -m module`; `env` adds to the environment."""
         folder.mkdir(parents=True, exist_ok=True)
         self.stdout_path = folder / f"{name}.out"
         self.stderr_path = folder / f"{name}.err"
@@ -29,6 +39,7 @@ class Program:
                 stdout=out,
                 stderr=err,
                 start_new_session=True,
+                env={**os.environ, **(env or {})},
             )
 
     @property

@@ -33,6 +33,7 @@ from fedpruner_server.storage import Storage
 
 _DRAIN_S = 5.0
 _FAREWELL_S = PULL_WAIT_S + 5.0
+_SAID_GOODBYE = "said goodbye"
 
 _log = get_logger()
 
@@ -141,8 +142,13 @@ async def _until_done(coordinator: Coordinator, stop: asyncio.Event, *, stay: bo
 
 
 async def _farewell(coordinator: Coordinator) -> None:
-    """Let every living agent hear that the run is over, for a bounded time."""
-    registry = coordinator.registry
+    """Let every living agent hear that the run is over, for a bounded time.
+
+    After a restart that includes those of the last round who have not come back yet: without an
+    answer they would ask for ever.
+    """
+    registry, storage = coordinator.registry, coordinator.storage
+    missing = set() if storage.fact(_SAID_GOODBYE) else coordinator.last_seen_working()
     deadline = time.monotonic() + _FAREWELL_S
     while time.monotonic() < deadline:
         now = time.monotonic()
@@ -155,9 +161,10 @@ async def _farewell(coordinator: Coordinator) -> None:
             and (not device.unfit or now - device.last_seen < fresh)
             and registry.state(device, now=now) != "lost"
         ]
-        if not waiting:
-            return
+        if not waiting and missing <= registry.devices.keys():
+            break
         await coordinator.changed(0.2)
+    storage.remember(_SAID_GOODBYE, True)
 
 
 def main(settings: ServerSettings) -> int:

@@ -31,6 +31,7 @@ from fedpruner_server.survey import Survey
 
 Json = dict[str, Any]
 
+_HELD_UP_S = 2.0  # a tick so late: this process itself was stopped or starved
 _CLOSED = "Closed"  # journal entry: the round is evaluated, exported and in metrics.jsonl
 
 
@@ -66,8 +67,8 @@ class Coordinator:
         self._metrics_bytes: int | None = 0  # of metrics.jsonl up to the last closed round
         self.effects: asyncio.Queue[rounds.Effect] = asyncio.Queue()
         self._calibrations: dict[str, Calibration] = {}
-        self._changed = asyncio.Event()
-        self._started = time.monotonic()
+        self._changed, self._announced = asyncio.Event(), asyncio.Event()
+        self._started = self._ticked_at = time.monotonic()
         self._log = get_logger()
 
     @property
@@ -82,19 +83,29 @@ class Coordinator:
         if (state, explanation) != (self.state, self.explanation):
             self.state, self.explanation = state, explanation
             self._log.info(explanation, state=state)
+            self.announce()
+
+    def announce(self) -> None:
+        """Let everyone look again, the devices that wait for a task too.
+
+        Not for every change: hundreds of devices may wait, and each looks.
+        """
+        announced, self._announced = self._announced, asyncio.Event()
+        announced.set()
         self.wake()
 
     def wake(self) -> None:
-        """Let everyone who waits look again."""
+        """Let the coordinator's own work look again at what it waits for."""
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 
+    async def announced(self, timeout_s: float) -> None:
+        """Wait until there is news for devices, at most so long."""
+        await _within(timeout_s, self._announced)
+
     async def changed(self, timeout_s: float) -> None:
         """Wait until something changed, at most so long."""
-        try:
-            await asyncio.wait_for(self._changed.wait(), timeout_s)
-        except asyncio.TimeoutError:
-            return
+        await _within(timeout_s, self._changed)
 
     # Rounds
 
@@ -194,7 +205,10 @@ class Coordinator:
         self.storage.append(self.round.number, type(event).__name__, entry)
         for effect in self._absorb(self.round.number, event, extra):
             self.effects.put_nowait(effect)
-        self.wake()
+        if isinstance(event, (rounds.CohortChosen, rounds.TaskReplaced)):
+            self.announce()
+        else:
+            self.wake()
 
     def _absorb(self, number: int, event: rounds.Event, extra: Json) -> tuple[rounds.Effect, ...]:
         """Change the state by one journaled event; the same code live and after a restart."""
@@ -284,6 +298,12 @@ class Coordinator:
         """The line of metrics.jsonl that says how the run ended."""
         self.storage.add_metrics([row], after_bytes=self._metrics_bytes)
 
+    def last_seen_working(self) -> set[str]:
+        """Clients of the last round that were not lost."""
+        if self.round is None:
+            return set()
+        return self.round.tasks.keys() - set(self.round.clients(Outcome.LOST))
+
     def note_losses(self, number: int, losses: dict[str, float]) -> None:
         """Remember the held-out losses of a round's adapter, by file; 0 is the base model's."""
         loss = sum(losses.values()) / len(losses)
@@ -295,6 +315,7 @@ class Coordinator:
     def tick(self) -> None:
         """What the clock alone brings about: lost clients and deadlines."""
         now = time.monotonic()
+        self._forgive_silence(now)
         if self.round is None or self.round.phase is not Phase.TRAINING:
             return
         for client_id in self.round.clients(Outcome.WORKING):
@@ -308,9 +329,24 @@ class Coordinator:
                 self._give_up(device, now - device.progressed_at)
         self.apply(rounds.Tick(self.clock.now()))
 
+    def _forgive_silence(self, now: float) -> None:
+        """Nobody could be heard while this process was held up: that time counts against nobody."""
+        held_up_s, self._ticked_at = now - self._ticked_at, now
+        if held_up_s > _HELD_UP_S:
+            self._log.warning("the coordinator was held up", seconds=round(held_up_s, 1))
+            self._started += held_up_s
+            self.registry.forgive(held_up_s, now=now)
+
     def _give_up(self, device: Device, silence_s: float) -> None:
         """Fail the task of a device that lives but gets nowhere."""
         doing = f"{device.activity}, step {device.step} of {device.num_steps}"
         device.last_failure = reason = f"no progress for {silence_s:.0f} s ({doing})"
         self._log.warning("device hangs", client=device.client_id, reason=reason)
         self.apply(rounds.TaskFailed(device.client_id, reason))
+
+
+async def _within(timeout_s: float, event: asyncio.Event) -> None:
+    try:
+        await asyncio.wait_for(event.wait(), timeout_s)
+    except asyncio.TimeoutError:
+        return

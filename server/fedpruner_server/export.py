@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from fedpruner_common.adapters import from_peft, to_peft
@@ -15,6 +15,7 @@ from fedpruner_common.errors import ConfigError
 from fedpruner_common.spec import ModelSpec
 from fedpruner_server.config import LoraOptions
 from fedpruner_server.core.aggregation import Adapter, Array, ServerState
+from fedpruner_server.tensorfile import read_header
 
 ADAPTER_FILE = "adapter_model.safetensors"
 
@@ -36,23 +37,28 @@ def read_adapter(path: Path) -> dict[str, Array]:
 
 
 class AdapterFile(Mapping[str, Array]):
-    """The tensors of an adapter file by canonical name, each read when it is asked for."""
+    """The float32 tensors of an adapter file by canonical name, each read when it is asked for."""
 
     def __init__(self, path: Path) -> None:
+        """Read the header.
+
+        Raises:
+            ModelError: not a safetensors file.
+        """
         self._path = path
-        with safe_open(path, "numpy") as file:
-            self._keys = {from_peft(key): key for key in file.keys()}  # noqa: SIM118
+        self._located = {from_peft(key): found for key, found in read_header(path).items()}
 
     def __getitem__(self, name: str) -> Array:
-        with safe_open(self._path, "numpy") as file:
-            values: Array = file.get_tensor(self._keys[name])
-        return values
+        found = self._located[name]
+        with self._path.open("rb", buffering=0) as file:
+            data = os.pread(file.fileno(), found.place.num_bytes, found.place.start)
+        return np.frombuffer(data, dtype="<f4").reshape(found.info.shape)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._keys)
+        return iter(self._located)
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self._located)
 
 
 def write_state(state: ServerState, path: Path) -> None:

@@ -37,6 +37,7 @@ class Device:
     task_id: str = ""
     last_failure: str = ""
     unfit: str = ""  # why no submodel fits, until it registers again
+    checked: tuple[object, str] | None = None  # an offer, and why it is too little
     told_finished: bool = False
     predicted_peak_bytes: int = 0
     measured_peak_bytes: int = 0
@@ -107,6 +108,12 @@ class Registry:
             )
         device.last_seen = now
         return device
+
+    def forgive(self, seconds: float, *, now: float) -> None:
+        """Count so much of everyone's silence as if it had not been."""
+        for device in self.devices.values():
+            device.last_seen = min(now, device.last_seen + seconds)
+            device.progressed_at = min(now, device.progressed_at + seconds)
 
     def state(self, device: Device, *, now: float) -> DeviceState:
         if now - device.last_seen > self.lease_s:

@@ -464,7 +464,7 @@ class Run:
             files=self._c.blocks.files,
         )
         survey = self._c.survey = Survey(tasks, probe)
-        self._c.wake()
+        self._c.announce()
         deadline = time.monotonic() + self._settings.run.round_deadline_s
         try:
             while time.monotonic() < deadline:

@@ -125,7 +125,7 @@ class Tasks:
             left = deadline - time.monotonic()
             if not isinstance(answer, Waiting) or left <= 0:
                 return answer
-            await self._c.changed(left)
+            await self._c.announced(left)
             device.last_seen = time.monotonic()
 
     def _next_for(self, device: Device) -> Task | ProbeTask | Waiting | Finished:
@@ -161,8 +161,28 @@ class Tasks:
         return current.carries and not self._c.is_over
 
     def _check_fits(self, device: Device) -> None:
+        """Refuse a device that has no memory for any submodel.
+
+        Raises:
+            BudgetTooSmall: it has not; the message has the missing bytes.
+        """
         if self._c.spec is None:
             return
+        offered = (
+            device.memory_budget_bytes,
+            device.floor_bytes,
+            self._c.calibration(device.client_id),
+        )
+        if device.checked is None or device.checked[0] != offered:
+            # It asks again and again, and the answer takes its time: remember it.
+            device.checked = (offered, self._why_unfit(device))
+        device.unfit = device.checked[1]
+        if device.unfit:
+            device.last_failure = device.unfit
+            raise BudgetTooSmall(device.unfit)
+
+    def _why_unfit(self, device: Device) -> str:
+        assert self._c.spec is not None
         try:
             fit_somehow(
                 self._c.spec,
@@ -171,9 +191,8 @@ class Tasks:
                 floor_bytes=device.floor_bytes,
             )
         except BudgetTooSmall as error:
-            device.unfit = device.last_failure = str(error)
-            raise
-        device.unfit = ""
+            return str(error)
+        return ""
 
     def _task(self, device: Device) -> Task:
         """The task of a client in the current round, from what the journal says of it."""
@@ -279,7 +298,7 @@ class Tasks:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise
-                await self._c.changed(left)
+                await self._c.announced(left)
 
     def incoming(self, device: Device, claim: Claim) -> Incoming | None:
         """Where an update is to arrive; None if it is stored already.
