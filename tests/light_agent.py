@@ -1,10 +1,10 @@
-"""A real agent without torch: `python -m light_agent run ...`, with the arguments of fedpruner-agent.
+"""A real agent without torch: `python -m light_agent run ...`, arguments as of fedpruner-agent.
 
-All of it is the real program: loop, heartbeat, connection, transfers, cache, outbox, and the trainer
-with its child process; only that child is another (this module without arguments), which moves the
-adapter by a deterministic step instead of training it. It begins in a fraction of a second and needs
-some 50 MB. What it offers is fixed: FLOOR_BYTES before any model, and room for everything, or the
-`--memory-budget`. The same task by the same client brings the same bits.
+All of it is the real program: loop, heartbeat, connection, transfers, cache, outbox, and the
+trainer with its child process; only that child is another (this module without arguments), which
+moves the adapter by a deterministic step instead of training it. It begins in a fraction of a
+second and needs some 50 MB. What it offers is fixed: FLOOR_BYTES before any model, and room for
+everything, or the `--memory-budget`. The same task by the same client brings the same bits.
 
 PYTHONPATH must name this folder. Environment variables, of the agent:
 

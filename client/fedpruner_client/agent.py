@@ -23,6 +23,7 @@ from fedpruner_common.errors import (
     FedPrunerError,
     OutOfMemory,
     StaleRound,
+    StorageError,
     Unauthenticated,
     UnknownClient,
 )
@@ -282,9 +283,10 @@ class Agent:
             self._log.warning("too late", task=task.task_id, reason=str(error))
         except (Unauthenticated, BudgetTooSmall):
             raise
-        except FedPrunerError as error:
+        except (FedPrunerError, OSError) as failure:
             if heartbeat.in_vain:
                 return
+            error = _as_ours(failure)
             reason = describe_failure(error, budget_bytes=connection.offer.memory_budget_bytes)
             self._log.error("task failed", task=task.task_id, reason=str(error))
             self._renew(connection)
@@ -381,6 +383,11 @@ class Agent:
                 f"the task needs {format_bytes(needed)}, {format_bytes(missing)} more than this "
                 "device has free"
             )
+
+
+def _as_ours(error: FedPrunerError | OSError) -> FedPrunerError:
+    """The error as one of our own; the system's, where nobody expected it, are of the disk."""
+    return error if isinstance(error, FedPrunerError) else StorageError(str(error))
 
 
 def _adapter_limit(tensors: Sequence[TensorInfo], rank: int) -> int:

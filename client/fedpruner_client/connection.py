@@ -213,6 +213,8 @@ class Connection:
                 return call()
             except grpc.RpcError as rpc_error:
                 error: FedPrunerError = error_of(rpc_error)
+            except grpc.FutureCancelledError:  # by our own thread that looks for stalled transfers
+                error = Unavailable("the transfer had stalled")
             if isinstance(error, UnknownClient) and session:  # the coordinator was restarted
                 self.register(instead_of=session)
                 continue

@@ -26,7 +26,7 @@ class Admin(AdminServicer):
         adapter = c.storage.peft_dir("final" if c.state == "finished" else "latest")
         return pb.StatusReply(
             state=c.state,
-            explanation=c.explanation,
+            explanation=c.explanation_with_trouble,
             round=c.round.number if c.round else 0,
             num_rounds=c.settings.run.num_rounds,
             model=str(c.blocks.model_dir),

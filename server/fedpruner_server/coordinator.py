@@ -76,6 +76,13 @@ class Coordinator:
         """Whether the run has ended, well or not."""
         return self.state in ("finished", "failed")
 
+    @property
+    def explanation_with_trouble(self) -> str:
+        """What an operator should know: how the run stands, and what is wrong with the disk."""
+        if not self.trouble or self.trouble in self.explanation:
+            return self.explanation
+        return f"{self.explanation}; {self.trouble}"
+
     # What is told to everyone
 
     def tell(self, state: str, explanation: str) -> None:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from fedpruner_common.adapters import from_peft, to_peft
-from fedpruner_common.errors import ConfigError
+from fedpruner_common.errors import ConfigError, StorageError
 from fedpruner_common.spec import ModelSpec
 from fedpruner_server.config import LoraOptions
 from fedpruner_server.core.aggregation import Adapter, Array, ServerState
@@ -21,11 +22,23 @@ ADAPTER_FILE = "adapter_model.safetensors"
 
 
 def write_adapter(adapter: Adapter, path: Path) -> None:
-    """Write adapter tensors in PEFT's spelling; the file appears whole or not at all."""
+    """Write adapter tensors in PEFT's spelling; the file appears whole or not at all.
+
+    Raises:
+        StorageError: the disk is full or read-only.
+    """
+    tensors = {to_peft(name): values for name, values in adapter.items()}
+    _save(tensors, path, metadata={"format": "pt"})
+
+
+def _save(tensors: dict[str, Array], path: Path, *, metadata: dict[str, str] | None = None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    tensors = {to_peft(name): values for name, values in adapter.items()}
-    save_file(tensors, temporary, metadata={"format": "pt"})
+    try:
+        save_file(tensors, temporary, metadata=metadata)
+    except SafetensorError as error:  # what it makes of the system's errors
+        temporary.unlink(missing_ok=True)
+        raise StorageError(f"cannot write {path}: {error}") from error
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -62,13 +75,12 @@ class AdapterFile(Mapping[str, Array]):
 
 
 def write_state(state: ServerState, path: Path) -> None:
-    """Write what aggregation keeps beside the adapter; the file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    save_file(state.to_tensors(), temporary)
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Write what aggregation keeps beside the adapter; the file appears whole or not at all.
+
+    Raises:
+        StorageError: the disk is full or read-only.
+    """
+    _save(state.to_tensors(), path)
 
 
 def read_state(path: Path) -> ServerState:

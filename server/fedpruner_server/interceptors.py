@@ -1,13 +1,17 @@
 """Around every RPC: errors become statuses, here and nowhere else."""
 
+import asyncio
+import inspect
 from collections.abc import Awaitable, Callable
+from contextlib import aclosing
 from typing import Any
 
 import grpc
 
-from fedpruner_common.errors import FedPrunerError, StorageError, Unavailable
+from fedpruner_common.errors import FedPrunerError, Unavailable
 from fedpruner_common.log import get_logger
 from fedpruner_common.status import CODE_KEY, status_of
+from fedpruner_server.storage import is_about_disk
 
 _log = get_logger()
 
@@ -48,21 +52,41 @@ def _guard_unary(handler: Any, method: str) -> Callable[..., Any]:
 
 
 def _guard_stream(handler: Any, method: str) -> Callable[..., Any]:
-    async def call(request: Any, context: Any) -> Any:
+    async def call(request: Any, context: Any) -> None:
         try:
-            async for message in handler.unary_stream(request, context):
-                yield message
+            messages = handler.unary_stream(request, context)
+            if inspect.isawaitable(messages):
+                messages = await messages
+            if messages is None:  # it has written itself, as gRPC's own health does
+                return
+            async with aclosing(messages):
+                async for message in messages:
+                    if not await _write(message, messages, context):
+                        return
         except Exception as error:
             await _abort(error, context, method)
 
     return call
 
 
+async def _write(message: Any, messages: Any, context: Any) -> bool:
+    """Whether there is still a reader to send to."""
+    try:
+        await context.write(message)
+        return True
+    except grpc.aio.BaseError:
+        return False
+    except asyncio.CancelledError as error:
+        # Whoever watches over the stream knows why: a reader that takes nothing, for example.
+        await messages.athrow(error)
+        raise
+
+
 async def _abort(error: Exception, context: Any, method: str) -> None:
     if isinstance(error, grpc.aio.AbortError):
         raise error
     status = status_of(error) if isinstance(error, FedPrunerError) else None
-    if isinstance(error, StorageError):
+    if is_about_disk(error):
         # The caller does nothing wrong and loses nothing by asking again later.
         _log.error("cannot store", method=method, reason=str(error))
         metadata = ((CODE_KEY, Unavailable.code),)

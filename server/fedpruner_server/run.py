@@ -4,7 +4,6 @@ Carries out the effects that `core.round` asks for.
 """
 
 import asyncio
-import errno
 import hashlib
 import json
 import time
@@ -53,14 +52,13 @@ from fedpruner_server.export import (
 from fedpruner_server.method import TaskPlan
 from fedpruner_server.registry import Device, DeviceState
 from fedpruner_server.specs import choices_to_json
-from fedpruner_server.storage import make_durable
+from fedpruner_server.storage import is_about_disk, make_durable
 from fedpruner_server.survey import Survey
 from fedpruner_server.torch_worker import TorchWorker
 
 Json = dict[str, Any]
 
 _TICK_S = 0.5
-_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
 _SETTLE_S = 1.0  # after the last needed device joined: others are often just behind
 
 
@@ -114,7 +112,7 @@ class Run:
             try:
                 return await work()
             except (StorageError, OSError) as error:
-                if isinstance(error, OSError) and error.errno not in _DISK_ERRORS:
+                if not is_about_disk(error):
                     raise
                 reason = str(error)
             before = (self._c.state, self._c.explanation)
@@ -587,6 +585,7 @@ class Run:
         """Leave the results: the adapter, and a last line in metrics.jsonl."""
         final_dir = self._storage.peft_dir("final")
         self._export(final_dir)
+        self._storage.drop_incoming()
         history = [record for _, record in sorted(self._c.history.items())]
         done = [record for record in history if record.round.phase is Phase.DONE]
         evaluated = [record for record in done if record.loss is not None]

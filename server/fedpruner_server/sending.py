@@ -6,7 +6,7 @@ are read in a thread. Cold weights on a slow disk then delay nobody's heartbeat.
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 
@@ -48,7 +48,7 @@ class Reader:
         return view[:count]
 
 
-async def send_ranges(parts: Sequence[tuple[FileRange, int]]) -> AsyncIterator[Chunk]:
+async def send_ranges(parts: Sequence[tuple[FileRange, int]]) -> AsyncGenerator[Chunk, None]:
     """Several ranges as blobs, each from its offset on; a chunk is valid until the next.
 
     Raises:
@@ -67,7 +67,7 @@ async def send_ranges(parts: Sequence[tuple[FileRange, int]]) -> AsyncIterator[C
 
 async def send_joined(
     head: bytes, ranges: Iterable[FileRange], *, offset: int
-) -> AsyncIterator[Chunk]:
+) -> AsyncGenerator[Chunk, None]:
     """Some bytes, then some ranges of files, as one blob from `offset` on, in even chunks.
 
     Raises:

@@ -92,18 +92,18 @@ class Federation(FederationServicer):
                 f"{len(request.blobs)} blobs in one call, at most {_MAX_BLOBS_PER_CALL}"
             )
         parts = [(self._blocks.locate(blob.hash), blob.offset) for blob in request.blobs]
-        async for chunk in self._downloads.in_turn(send_ranges(parts)):
-            self._tasks.count_down(device, base=len(chunk.data))
-            yield chunk
+        return self._downloads.in_turn(
+            send_ranges(parts), lambda num_bytes: self._tasks.count_down(device, base=num_bytes)
+        )
 
     async def FetchAdapter(self, request: pb.FetchAdapterRequest, _: Any) -> AsyncIterator[Chunk]:
         device = self._tasks.device(request.client_id, request.session)
         path, shapes = self._tasks.adapter_of(device, request.task_id)
         head, ranges = await asyncio.to_thread(sliced, path, [to_peft(name) for name in shapes])
-        chunks = send_joined(head, ranges, offset=request.offset)
-        async for chunk in self._downloads.in_turn(chunks):
-            self._tasks.count_down(device, adapter=len(chunk.data))
-            yield chunk
+        return self._downloads.in_turn(
+            send_joined(head, ranges, offset=request.offset),
+            lambda num_bytes: self._tasks.count_down(device, adapter=num_bytes),
+        )
 
     async def OpenUpload(self, request: pb.OpenUploadRequest, _: Any) -> pb.OpenUploadReply:
         header = request.header

@@ -10,6 +10,7 @@ state_dir/
     metrics.jsonl
 """
 
+import errno
 import json
 import os
 import secrets
@@ -21,12 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedpruner_common.errors import StorageError
+from fedpruner_common.errors import StorageError, Unavailable
 from fedpruner_common.locks import lock_folder
 from fedpruner_common.units import format_bytes
 
 Json = dict[str, Any]
 
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS events (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -109,12 +111,17 @@ class Storage:
             probe.unlink()
         except OSError as error:
             return f"the coordinator cannot write to its disk: {error.strerror or error}"
-        if free < min_free_bytes:
-            return (
-                f"the coordinator's disk is full: {format_bytes(free)} free, "
-                f"{format_bytes(min_free_bytes)} needed"
-            )
-        return ""
+        return "" if free >= min_free_bytes else _full(free, min_free_bytes)
+
+    def check_room(self, num_bytes: int) -> None:
+        """Refuse what would not fit.
+
+        Raises:
+            Unavailable: so many bytes are not free.
+        """
+        free = shutil.disk_usage(self.state_dir).free
+        if free < num_bytes:
+            raise Unavailable(_full(free, num_bytes))
 
     def adapter_path(self, round_number: int) -> Path:
         """The global adapter after a round; 0 is the one before the first."""
@@ -157,6 +164,10 @@ class Storage:
         """Delete a round's updates, which its adapter has absorbed."""
         shutil.rmtree(self.update_path(round_number, "any").parent, ignore_errors=True)
 
+    def drop_incoming(self) -> None:
+        """Delete what has arrived of updates that never came to their end."""
+        shutil.rmtree(self.state_dir / "updates" / "incoming", ignore_errors=True)
+
     def drop_bridges(self) -> None:
         """Delete the bridges of a round that is over; the next has its own."""
         shutil.rmtree(self.bridge_path("any").parent, ignore_errors=True)
@@ -185,6 +196,13 @@ class Storage:
         self._opened.close()
 
 
+def _full(free_bytes: int, needed_bytes: int) -> str:
+    return (
+        f"the coordinator's disk is full: {format_bytes(free_bytes)} free, "
+        f"{format_bytes(needed_bytes)} needed"
+    )
+
+
 def _open_journal(state_dir: Path) -> sqlite3.Connection:
     try:
         database = sqlite3.connect(state_dir / "journal.sqlite", isolation_level=None)
@@ -198,6 +216,13 @@ def _open_journal(state_dir: Path) -> sqlite3.Connection:
         database.close()
         raise StorageError(f"cannot open the journal in {state_dir}: {error}") from error
     return database
+
+
+def is_about_disk(error: Exception) -> bool:
+    """Whether an error says that a disk is full, read-only or broken: the same may work later."""
+    return isinstance(error, StorageError) or (
+        isinstance(error, OSError) and error.errno in _DISK_ERRORS
+    )
 
 
 def make_durable(path: Path, final: Path) -> None:

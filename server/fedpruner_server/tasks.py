@@ -322,7 +322,10 @@ class Tasks:
         if self._c.trouble:
             raise Unavailable(self._c.trouble)
         path = self._c.storage.incoming_path(device.client_id, claim.hash)
-        return Incoming(path, claim.num_bytes, claim.hash)
+        incoming = Incoming(path, claim.num_bytes, claim.hash)
+        reserve = self._c.settings.transfer.min_free_bytes
+        self._c.storage.check_room(claim.num_bytes - incoming.offset() + reserve)
+        return incoming
 
     def _accepts(self, device: Device, claim: Claim) -> bool:
         """Whether the device's update still has to travel.

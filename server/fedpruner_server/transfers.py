@@ -8,8 +8,8 @@ megabytes.
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from typing import Any
 
 from fedpruner_common.chunks import Chunk, make_chunk
@@ -182,20 +182,32 @@ class Downloads:
         self._bytes_per_s = bytes_per_s
         self._idle_s = idle_s
 
-    async def in_turn(self, chunks: AsyncIterator[Chunk]) -> AsyncIterator[Chunk]:
+    async def in_turn(
+        self,
+        chunks: AsyncGenerator[Chunk, None],
+        on_bytes: Callable[[int], None] = lambda _: None,
+    ) -> AsyncIterator[Chunk]:
         """The same chunks when their turn has come; empty ones while they wait for it.
 
-        A reader that takes nothing for too long is hung up on.
+        A reader that takes nothing for too long is hung up on: its task is cancelled, and what this
+        makes of it, if it is told, says why.
+
+        Args:
+            chunks: to send.
+            on_bytes: is told the size of each, 0 while they wait.
         """
         async for _ in self._turn():
+            on_bytes(0)
             yield _NOTHING
         try:
             with watched(self._idle_s) as pulse:
                 pace = Pace(self._bytes_per_s)
-                async for chunk in chunks:
-                    yield chunk
-                    pulse.beat()
-                    await pace.moved(len(chunk.data))
+                async with aclosing(chunks):
+                    async for chunk in chunks:
+                        on_bytes(len(chunk.data))
+                        yield chunk
+                        pulse.beat()
+                        await pace.moved(len(chunk.data))
         finally:
             self._free.release()
 
