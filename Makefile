@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint types setup proto base-model benchmark clean
+.PHONY: demo test soak setup proto base-model benchmark clean
 
 demo: $(READY)
 	$(BIN)/fedpruner demo
@@ -29,6 +29,11 @@ proto: $(READY)
 
 base-model: $(READY)
 	$(BIN)/python tools/make_base_model.py
+
+# Every way to fail, 200 rounds of it, twice: rounds that drop what is late, and that take it.
+soak: $(READY)
+	PYTHONPATH=tests $(BIN)/python -m soak --rounds 200 --seed 1
+	PYTHONPATH=tests $(BIN)/python -m soak --rounds 200 --seed 2 --late
 
 benchmark: $(READY)
 	$(BIN)/python -m benchmarks.memory

@@ -16,6 +16,7 @@ from fedpruner_server.core.aggregation import (
     combine,
     initial_adapter,
     residual_factors,
+    squared_norm,
     trained_factor,
 )
 
@@ -713,3 +714,11 @@ def test_every_tensor_is_read_once_and_module_by_module(method):
     eager = combine(current, updates, settings=settings, round_number=2)
     for name, values in eager.adapter.items():
         np.testing.assert_array_equal(result.adapter[name], values)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 4, 5, 40])
+def test_the_norm_of_a_product_is_the_same_whichever_way_it_is_cheaper(rank):
+    rng = np.random.default_rng(rank)
+    left, right = rng.normal(size=(6, rank)), rng.normal(size=(rank, 12))  # 4 ranks are as cheap
+    expected = np.linalg.norm(left @ right) ** 2
+    assert squared_norm((left, right)) == pytest.approx(expected, rel=1e-12)

@@ -349,8 +349,14 @@ def residual_factors(state: ServerState) -> dict[str, tuple[Array, Array]]:
 
 
 def squared_norm(product: LowRank) -> float:
-    """Squared Frobenius norm of P Q: the trace of (P'P)(Q Q'), from the two small matrices."""
+    """Squared Frobenius norm of P Q: the trace of (P'P)(Q Q'), from the two small matrices.
+
+    They are not small where the ranks of many clients are stacked; then P Q itself is.
+    """
     left, right = product
+    rows, rank, columns = len(left), len(right), right.shape[1]
+    if rank * (rows + columns) > rows * columns:
+        return float(np.square(left @ right).sum())
     return max(0.0, float(((left.T @ left) * (right @ right.T)).sum()))
 
 
