@@ -286,13 +286,13 @@ class Agent:
         except (FedPrunerError, OSError) as failure:
             if heartbeat.in_vain:
                 return
-            error = _as_ours(failure)
-            reason = describe_failure(error, budget_bytes=connection.offer.memory_budget_bytes)
-            self._log.error("task failed", task=task.task_id, reason=str(error))
+            ours = _as_ours(failure)
+            reason = describe_failure(ours, budget_bytes=connection.offer.memory_budget_bytes)
+            self._log.error("task failed", task=task.task_id, reason=str(ours))
             self._renew(connection)
-            out_of_memory = isinstance(error, OutOfMemory)
+            out_of_memory = isinstance(ours, OutOfMemory)
             _try_report(connection, task.task_id, reason, out_of_memory=out_of_memory)
-            if not isinstance(error, ChildDied):
+            if not isinstance(ours, ChildDied):
                 self._trainer.close()
         finally:
             heartbeat.working_on("", "waiting")

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 from fedpruner_common.components import ComponentId
+from fedpruner_common.errors import Unavailable
 from fedpruner_common.log import get_logger
 from fedpruner_common.spec import ModelSpec
 from fedpruner_common.statistics import Statistics
@@ -43,6 +44,7 @@ class Coordinator:
         round: the current round, None before the first; `closed` when nothing is left to do for it.
         adapter_round: the round whose adapter is the global one; 0 before the first.
         trouble: why nothing can be stored now, for people; empty when all is well.
+        needed_bytes: of disk, for all to be well.
         clock: of deadlines.
     """
 
@@ -63,6 +65,7 @@ class Coordinator:
         self.closed = False
         self.adapter_round = 0
         self.trouble = ""
+        self.needed_bytes = settings.transfer.min_free_bytes
         self.clock = Clock()
         self._metrics_bytes: int | None = 0  # of metrics.jsonl up to the last closed round
         self.effects: asyncio.Queue[rounds.Effect] = asyncio.Queue()
@@ -82,6 +85,17 @@ class Coordinator:
         if not self.trouble or self.trouble in self.explanation:
             return self.explanation
         return f"{self.explanation}; {self.trouble}"
+
+    def check_room(self, num_bytes: int) -> None:
+        """Refuse an update that the disk has no room for; until it has, that is trouble.
+
+        Raises:
+            Unavailable: with the bytes.
+        """
+        needed_bytes = num_bytes + self.settings.transfer.min_free_bytes
+        if shortage := self.storage.shortage(needed_bytes):
+            self.trouble, self.needed_bytes = shortage, needed_bytes
+            raise Unavailable(shortage)
 
     # What is told to everyone
 

@@ -31,7 +31,7 @@ def write_adapter(adapter: Adapter, path: Path) -> None:
     _save(tensors, path, metadata={"format": "pt"})
 
 
-def _save(tensors: dict[str, Array], path: Path, *, metadata: dict[str, str] | None = None) -> None:
+def _save(tensors: dict[str, Any], path: Path, *, metadata: dict[str, str] | None = None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     try:

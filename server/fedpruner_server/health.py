@@ -29,7 +29,10 @@ class Health:
         """For ever: note trouble with the disk, and its end."""
         storage, min_free_bytes = self._c.storage, self._c.settings.transfer.min_free_bytes
         while True:
-            trouble = await asyncio.to_thread(storage.trouble, min_free_bytes=min_free_bytes)
+            needed = self._c.needed_bytes
+            trouble = await asyncio.to_thread(storage.trouble, min_free_bytes=needed)
+            if not trouble and needed == self._c.needed_bytes:
+                self._c.needed_bytes = min_free_bytes
             if trouble and not self._c.trouble:
                 self._log.error(trouble)
             elif self._c.trouble and not trouble:

@@ -10,6 +10,8 @@ from fedpruner_common.errors import CorruptChunk, InvalidUpdate
 from fedpruner_common.wire import Upload
 from fedpruner_server.transfers import Pace, Pulse
 
+_SMALL_BYTES = 64 << 10  # is written faster than handed to a thread
+
 
 @dataclass(frozen=True)
 class Incoming:
@@ -37,20 +39,23 @@ async def receive(
     pulse: Pulse,
     pace: Pace,
     on_bytes: Callable[[int], None],
-) -> None:
-    """Write the promised bytes of an upload to disk, not one more; they are there on return.
+) -> ChunkWriter:
+    """Write the promised bytes of an upload to its file, not one more.
 
-    A chunk is written in a thread while the next one arrives, so a slow disk holds up nobody.
+    A large chunk is written in a thread while the next one arrives, so a slow disk holds up nobody.
+
+    Returns:
+        The writer, for `complete`.
 
     Raises:
-        CorruptChunk: a chunk is damaged, or the whole is not what was promised; then nothing of it
-            is kept.
+        CorruptChunk: a chunk is damaged, or there are more than were promised.
         InvalidUpdate: it ended early, or a message is no chunk.
+        StorageError: the disk is full.
     """
-    resume = incoming.offset() > 0
-    writer = await asyncio.to_thread(
-        ChunkWriter, incoming.path, max_bytes=incoming.num_bytes, resume=resume
-    )
+    if incoming.offset():  # what is there has to be hashed
+        writer = await asyncio.to_thread(_open, incoming, resume=True)
+    else:
+        writer = _open(incoming, resume=False)
     writing: asyncio.Future[None] | None = None
     promised = writer.received
     try:
@@ -64,16 +69,36 @@ async def receive(
                 raise CorruptChunk(f"more than the promised {incoming.num_bytes} bytes")
             if writing is not None:
                 await writing
-            writing = asyncio.ensure_future(asyncio.to_thread(writer.write, chunk))
+                writing = None
+            if len(chunk.data) <= _SMALL_BYTES:
+                writer.write(chunk)
+            else:
+                writing = asyncio.ensure_future(asyncio.to_thread(writer.write, chunk))
             await pace.moved(len(chunk.data))
         if writing is not None:
             await writing
         if writer.received < incoming.num_bytes:
             raise InvalidUpdate("the update ended before all its promised bytes")
-    finally:
+        return writer
+    except BaseException:
         if writing is not None and not writing.done():
             await asyncio.wait({writing})
-        await asyncio.to_thread(writer.close, sync=writer.received == incoming.num_bytes)
+        writer.close()
+        raise
+
+
+def _open(incoming: Incoming, *, resume: bool) -> ChunkWriter:
+    return ChunkWriter(incoming.path, max_bytes=incoming.num_bytes, resume=resume)
+
+
+def complete(writer: ChunkWriter, incoming: Incoming) -> None:
+    """Bring an upload whose bytes have all arrived to disk, and look whether it is what it should.
+
+    Raises:
+        CorruptChunk: it is not; then nothing of it is kept.
+        StorageError: the disk is full.
+    """
+    writer.close(sync=True)
     if writer.hexdigest() != incoming.hash:
         incoming.path.unlink(missing_ok=True)
         raise CorruptChunk("the update arrived with other content than its hash promised")

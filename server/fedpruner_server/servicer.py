@@ -1,15 +1,16 @@
 """What agents can call: decode, ask the coordinator, encode."""
 
-import asyncio
 import re
 import time
 from collections.abc import AsyncIterator
-from functools import partial
+from contextlib import closing
+from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
 from fedpruner_common import convert
 from fedpruner_common.adapters import to_peft
-from fedpruner_common.chunks import Chunk
+from fedpruner_common.chunks import Chunk, FileRange
 from fedpruner_common.convert_statistics import statistics_from_pb
 from fedpruner_common.errors import InvalidUpdate
 from fedpruner_common.pb import federation_pb2 as pb
@@ -99,7 +100,7 @@ class Federation(FederationServicer):
     async def FetchAdapter(self, request: pb.FetchAdapterRequest, _: Any) -> AsyncIterator[Chunk]:
         device = self._tasks.device(request.client_id, request.session)
         path, shapes = self._tasks.adapter_of(device, request.task_id)
-        head, ranges = await asyncio.to_thread(sliced, path, [to_peft(name) for name in shapes])
+        head, ranges = _part_of_adapter(path, tuple(shapes))
         return self._downloads.in_turn(
             send_joined(head, ranges, offset=request.offset),
             lambda num_bytes: self._tasks.count_down(device, adapter=num_bytes),
@@ -131,8 +132,9 @@ class Federation(FederationServicer):
             async with self._uploads.use(device.client_id):
                 count = partial(self._tasks.count_up, device)
                 pace = Pace(options.max_bytes_per_s)
-                await receive(requests, incoming, pulse, pace, count)
-                await self._tasks.store_update(device, incoming, claim)
+                writer = await receive(requests, incoming, pulse, pace, count)
+                with closing(writer):
+                    await self._tasks.store_update(device, incoming, claim, writer)
         return pb.PushUpdateReply()
 
     async def PushStatistics(
@@ -168,3 +170,10 @@ def _claim(header: pb.UpdateHeader) -> Claim:
         hash=header.hash,
         metrics=convert.metrics_from_header(header),
     )
+
+
+@lru_cache(maxsize=32)
+def _part_of_adapter(path: Path, names: tuple[str, ...]) -> tuple[bytes, tuple[FileRange, ...]]:
+    """Some modules of a global adapter, whose file never changes; many devices ask for the same."""
+    head, ranges = sliced(path, map(to_peft, names))
+    return head, tuple(ranges)

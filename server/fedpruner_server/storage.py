@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedpruner_common.errors import StorageError, Unavailable
+from fedpruner_common.errors import StorageError
 from fedpruner_common.locks import lock_folder
 from fedpruner_common.units import format_bytes
 
@@ -103,7 +103,6 @@ class Storage:
     def trouble(self, *, min_free_bytes: int) -> str:
         """Why nothing can be stored now, for people; empty if it can. Writes a little to see."""
         try:
-            free = shutil.disk_usage(self.state_dir).free
             probe = self.state_dir / "write-test"
             with probe.open("wb") as file:
                 file.write(bytes(4096))
@@ -111,17 +110,17 @@ class Storage:
             probe.unlink()
         except OSError as error:
             return f"the coordinator cannot write to its disk: {error.strerror or error}"
-        return "" if free >= min_free_bytes else _full(free, min_free_bytes)
+        return self.shortage(min_free_bytes)
 
-    def check_room(self, num_bytes: int) -> None:
-        """Refuse what would not fit.
-
-        Raises:
-            Unavailable: so many bytes are not free.
-        """
+    def shortage(self, num_bytes: int) -> str:
+        """That so many bytes are not free, for people; empty if they are."""
         free = shutil.disk_usage(self.state_dir).free
-        if free < num_bytes:
-            raise Unavailable(_full(free, num_bytes))
+        if free >= num_bytes:
+            return ""
+        return (
+            f"the coordinator's disk is full: {format_bytes(free)} free, "
+            f"{format_bytes(num_bytes)} needed"
+        )
 
     def adapter_path(self, round_number: int) -> Path:
         """The global adapter after a round; 0 is the one before the first."""
@@ -194,13 +193,6 @@ class Storage:
     def close(self) -> None:
         """Let another coordinator have the directory."""
         self._opened.close()
-
-
-def _full(free_bytes: int, needed_bytes: int) -> str:
-    return (
-        f"the coordinator's disk is full: {format_bytes(free_bytes)} free, "
-        f"{format_bytes(needed_bytes)} needed"
-    )
 
 
 def _open_journal(state_dir: Path) -> sqlite3.Connection:

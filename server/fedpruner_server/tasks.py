@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fedpruner_common.adapters import from_peft
+from fedpruner_common.chunks import ChunkWriter
 from fedpruner_common.errors import (
     BudgetTooSmall,
     Busy,
@@ -30,7 +31,7 @@ from fedpruner_server.core.round import Outcome, Phase
 from fedpruner_server.export import AdapterFile
 from fedpruner_server.history import ClientRecord
 from fedpruner_server.method import adapter_components, make_task
-from fedpruner_server.receiving import Incoming
+from fedpruner_server.receiving import Incoming, complete
 from fedpruner_server.registry import Device
 from fedpruner_server.storage import make_durable
 from fedpruner_server.tensorfile import read_header
@@ -323,8 +324,7 @@ class Tasks:
             raise Unavailable(self._c.trouble)
         path = self._c.storage.incoming_path(device.client_id, claim.hash)
         incoming = Incoming(path, claim.num_bytes, claim.hash)
-        reserve = self._c.settings.transfer.min_free_bytes
-        self._c.storage.check_room(claim.num_bytes - incoming.offset() + reserve)
+        self._c.check_room(claim.num_bytes - incoming.offset())
         return incoming
 
     def _accepts(self, device: Device, claim: Claim) -> bool:
@@ -345,10 +345,13 @@ class Tasks:
             )
         return awaited
 
-    async def store_update(self, device: Device, incoming: Incoming, claim: Claim) -> None:
-        """Judge an update that has arrived, make it durable and count it.
+    async def store_update(
+        self, device: Device, incoming: Incoming, claim: Claim, writer: ChunkWriter
+    ) -> None:
+        """Make an update that has arrived durable, judge it and count it.
 
         Raises:
+            CorruptChunk: it is not what its hash promised; nothing of it is kept.
             InvalidUpdate: it is not what the task asked for; nothing of it is kept.
             StaleRound: the round ended meanwhile.
         """
@@ -356,11 +359,7 @@ class Tasks:
         number = self._c.round.number
         shapes = self._update_shapes(device, claim.task_id)
         final = self._c.storage.update_path(number, device.client_id)
-        try:
-            await asyncio.to_thread(_check_update_file, incoming.path, shapes)
-        except InvalidUpdate:
-            incoming.path.unlink(missing_ok=True)
-            raise
+        await asyncio.to_thread(_complete, writer, incoming, shapes)
         # From here to the journal nothing else happens.
         if not self._accepts(device, claim):
             return
@@ -426,6 +425,15 @@ class Tasks:
             self._c.apply(rounds.TaskTooLarge(device.client_id, reason, refused=refused))
         else:
             self._c.apply(rounds.TaskFailed(device.client_id, reason))
+
+
+def _complete(writer: ChunkWriter, incoming: Incoming, shapes: dict[str, tuple[int, int]]) -> None:
+    complete(writer, incoming)
+    try:
+        _check_update_file(incoming.path, shapes)
+    except InvalidUpdate:
+        incoming.path.unlink(missing_ok=True)
+        raise
 
 
 def _check_update_file(path: Path, shapes: dict[str, tuple[int, int]]) -> None:
