@@ -79,17 +79,17 @@ def _around(
     name: str,
     now: Callable[[], bool],
     *,
-    before: Callable[..., bool] | None = None,
-    after: Callable[..., bool] | None = None,
+    before: Callable[..., int] | None = None,
+    after: Callable[..., int] | None = None,
 ) -> None:
-    """Die before or after a call of which the condition is true, when it is time."""
+    """Die before or after a call, when it is time; the conditions say how often it counts."""
 
     def make(inner: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            if before and before(*args, **kwargs) and now():
+            if before and any(now() for _ in range(before(*args, **kwargs))):
                 die()
             result = inner(*args, **kwargs)
-            if after and after(*args, **kwargs) and now():
+            if after and any(now() for _ in range(after(*args, **kwargs))):
                 die()
             return result
 
@@ -98,46 +98,46 @@ def _around(
     _wrap(owner, name, make)
 
 
-def _always(*_: Any, **__: Any) -> bool:
-    return True
+def _always(*_: Any, **__: Any) -> int:
+    return 1
 
 
-def _event(kind: str) -> Callable[..., bool]:
-    return lambda _storage, _round, event_type, _data: event_type == kind
+def _event(kind: str) -> Callable[..., int]:
+    return lambda _storage, _round, events: sum(found == kind for found, _ in events)
 
 
 def arm_server(fault: Fault, now: Callable[[], bool]) -> None:
     """Have the coordinator of this process die there."""
     from fedpruner_common.chunks import ChunkWriter
-    from fedpruner_server import run, sending, tasks
+    from fedpruner_server import run, sending, storing
     from fedpruner_server.storage import Storage
 
     if fault is Fault.GATHERING:
-        _around(Storage, "append", now, before=_event("CohortChosen"))
+        _around(Storage, "append_all", now, before=_event("CohortChosen"))
     elif fault is Fault.TASKS_OUT:
-        _around(Storage, "append", now, after=_event("CohortChosen"))
+        _around(Storage, "append_all", now, after=_event("CohortChosen"))
     elif fault is Fault.MID_DOWNLOAD:
         _around(sending, "make_chunk", now, after=_always)
     elif fault is Fault.MID_UPLOAD:
         _around(ChunkWriter, "write", now, after=_always)
     elif fault is Fault.BEFORE_JOURNAL:
-        _around(tasks, "make_durable", now, after=_always)
+        _around(storing, "make_durable", now, after=len)
     elif fault is Fault.BEFORE_REPLY:
-        _around(Storage, "append", now, after=_event("UpdateStored"))
+        _around(Storage, "append_all", now, after=_event("UpdateStored"))
     elif fault is Fault.MID_AGGREGATION:
         _wrap(run, "write_adapter", lambda inner: _half_written(inner, now))
     elif fault is Fault.BEFORE_AGGREGATED:
-        _around(Storage, "append", now, before=_event("Aggregated"))
+        _around(Storage, "append_all", now, before=_event("Aggregated"))
     elif fault is Fault.BEFORE_PUBLISH:
-        _around(Storage, "append", now, after=_event("Aggregated"))
+        _around(Storage, "append_all", now, after=_event("Aggregated"))
     elif fault is Fault.MID_EXPORT:
         from fedpruner_server import export
 
         _around(export.shutil, "copyfile", now, after=_always)
     elif fault is Fault.BEFORE_CLOSED:
-        _around(Storage, "append", now, before=_event("Closed"))
+        _around(Storage, "append_all", now, before=_event("Closed"))
     elif fault is Fault.AFTER_CLOSED:
-        _around(Storage, "append", now, after=_event("Closed"))
+        _around(Storage, "append_all", now, after=_event("Closed"))
 
 
 def _half_written(inner: Callable[..., Any], now: Callable[[], bool]) -> Callable[..., Any]:

@@ -10,6 +10,7 @@ import ctypes
 
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
+_M_ARENA_MAX = -8
 _TRAINING_MMAP_BYTES = 1 << 17  # up to 256 KiB measured alike; from 1 MiB on peaks grow
 _WIRE_BYTES = 256 << 20  # set both or neither: trim alone is harmful
 
@@ -38,3 +39,6 @@ def set_for_wire() -> None:
     """Call first thing in a process that moves tensors over gRPC."""
     _mallopt(_M_MMAP_THRESHOLD, _WIRE_BYTES)
     _mallopt(_M_TRIM_THRESHOLD, _WIRE_BYTES)
+    # Messages are made in one thread and freed in another: with an arena per thread each of them
+    # keeps what it once had. An agent that receives 1 GB peaked at 62 MB instead of 119 to 126.
+    _mallopt(_M_ARENA_MAX, 1)

@@ -6,7 +6,7 @@ locks. `tasks` answers the agents from this state; `run` carries out the effects
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -218,15 +218,26 @@ class Coordinator:
 
     def apply(self, event: rounds.Event, **extra: Any) -> None:
         """Journal an event that changes the round, change it, and queue the effects."""
+        self.apply_all([(event, extra)])
+
+    def apply_all(self, events: Sequence[tuple[rounds.Event, Json]]) -> None:
+        """The same for some events, in order, with one write to the journal."""
         assert self.round is not None
-        changed, _ = rounds.step(self.round, event)
-        if changed == self.round:
+        number, current = self.round.number, self.round
+        entries, effective = [], []
+        for event, extra in events:
+            changed, _ = rounds.step(current, event)
+            if changed != current:
+                entries.append((type(event).__name__, {"event": asdict(event), "extra": extra}))
+                effective.append((event, extra))
+            current = changed
+        if not effective:
             return
-        entry = {"event": asdict(event), "extra": extra}
-        self.storage.append(self.round.number, type(event).__name__, entry)
-        for effect in self._absorb(self.round.number, event, extra):
-            self.effects.put_nowait(effect)
-        if isinstance(event, (rounds.CohortChosen, rounds.TaskReplaced)):
+        self.storage.append_all(number, entries)
+        for event, extra in effective:
+            for effect in self._absorb(number, event, extra):
+                self.effects.put_nowait(effect)
+        if any(isinstance(e, (rounds.CohortChosen, rounds.TaskReplaced)) for e, _ in effective):
             self.announce()
         else:
             self.wake()

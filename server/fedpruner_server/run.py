@@ -354,7 +354,7 @@ class Run:
         files = {}
         for submodel, path in zip(pruned, paths, strict=True):
             info = replace(file_info(path), name="bridges.safetensors")
-            make_durable(path, self._storage.bridge_path(info.hash))
+            make_durable([(path, self._storage.bridge_path(info.hash))])
             self._c.blocks.add_file(info, self._storage.bridge_path(info.hash))
             files[submodel] = info
         return files

@@ -16,8 +16,8 @@ import os
 import secrets
 import shutil
 import sqlite3
-from collections.abc import Iterable
-from contextlib import ExitStack, closing
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,10 +71,17 @@ class Storage:
         Raises:
             StorageError: the disk is full or read-only.
         """
-        self._write(
-            "INSERT INTO events (round, type, data) VALUES (?, ?, ?)",
-            (round_number, event_type, json.dumps(data)),
-        )
+        self.append_all(round_number, [(event_type, data)])
+
+    def append_all(self, round_number: int, events: Sequence[tuple[str, Json]]) -> None:
+        """Append some events with one write; all of them are on disk when this returns, or none.
+
+        Raises:
+            StorageError: the disk is full or read-only.
+        """
+        rows = ", ".join(["(?, ?, ?)"] * len(events))
+        values = [v for kind, data in events for v in (round_number, kind, json.dumps(data))]
+        self._write(f"INSERT INTO events (round, type, data) VALUES {rows}", tuple(values))
 
     def entries(self) -> list[JournalEntry]:
         """Every event so far, oldest first."""
@@ -217,14 +224,22 @@ def is_about_disk(error: Exception) -> bool:
     )
 
 
-def make_durable(path: Path, final: Path) -> None:
-    """Move a finished file, whose bytes are on disk, into place so that it survives a power cut."""
-    new_folder = not final.parent.is_dir()
-    final.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(path, final)
-    _sync_folder(final.parent)
-    if new_folder:
-        _sync_folder(final.parent.parent)
+def make_durable(moves: Sequence[tuple[Path, Path]]) -> None:
+    """Move finished files, whose bytes are on disk, into place so that they survive a power cut.
+
+    Args:
+        moves: from, to; one that is gone was moved before, by the same update.
+    """
+    touched = set()
+    for path, final in moves:
+        if not final.parent.is_dir():
+            final.parent.mkdir(parents=True, exist_ok=True)
+            touched.add(final.parent.parent)
+        with suppress(FileNotFoundError):
+            os.replace(path, final)
+        touched.add(final.parent)
+    for folder in touched:
+        _sync_folder(folder)
 
 
 def _sync_folder(folder: Path) -> None:

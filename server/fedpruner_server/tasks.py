@@ -6,7 +6,7 @@ Answers from the coordinator's state; every change of it goes through `Coordinat
 import asyncio
 import re
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from fedpruner_common.adapters import from_peft
@@ -33,7 +33,7 @@ from fedpruner_server.history import ClientRecord
 from fedpruner_server.method import adapter_components, make_task
 from fedpruner_server.receiving import Incoming, complete
 from fedpruner_server.registry import Device
-from fedpruner_server.storage import make_durable
+from fedpruner_server.storing import Arrived, UpdateStore
 from fedpruner_server.tensorfile import read_header
 
 _HASH = re.compile(r"[0-9a-f]{64}")
@@ -78,6 +78,7 @@ class Tasks:
     def __init__(self, coordinator: Coordinator) -> None:
         self._c = coordinator
         self.run_id = coordinator.storage.run_id
+        self._updates = UpdateStore(coordinator)
         self.lease_s = coordinator.registry.lease_s
         self._log = get_logger()
 
@@ -358,25 +359,9 @@ class Tasks:
         assert self._c.round is not None
         number = self._c.round.number
         shapes = self._update_shapes(device, claim.task_id)
-        final = self._c.storage.update_path(number, device.client_id)
         await asyncio.to_thread(_complete, writer, incoming, shapes)
-        # From here to the journal nothing else happens.
-        if not self._accepts(device, claim):
-            return
-        if self._c.round.number != number:
-            raise Busy(f"round {number} ended while its update arrived")
-        make_durable(incoming.path, final)
-        metrics = claim.metrics
-        device.measured_peak_bytes = metrics.measured_peak_bytes
-        device.train_loss = metrics.train_loss_last
-        device.task_id = ""
-        event = rounds.UpdateStored(device.client_id)
-        self._c.apply(event, metrics=asdict(metrics), bytes_up=claim.num_bytes)
-        self._log.info(
-            "update stored",
-            client=device.client_id,
-            round=number,
-            train_loss=round(metrics.train_loss_last, 4),
+        await self._updates.add(
+            Arrived(device, claim.task_id, number, incoming.path, claim.num_bytes, claim.metrics)
         )
 
     def _note_budget(self, device: Device, memory_budget_bytes: int) -> None:

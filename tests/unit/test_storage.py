@@ -160,7 +160,7 @@ def test_a_disk_with_room_is_no_trouble_and_one_without_says_how_much_it_has(sto
 def test_a_file_made_durable_takes_the_place_of_the_old_one(tmp_path):
     (tmp_path / "new").write_text("new")
     (tmp_path / "final").write_text("old")
-    make_durable(tmp_path / "new", tmp_path / "final")
+    make_durable([(tmp_path / "new", tmp_path / "final")])
     assert (tmp_path / "final").read_text() == "new"
     assert not (tmp_path / "new").exists()
 
