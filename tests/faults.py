@@ -8,6 +8,7 @@ function of the product, which knows nothing of it.
 CHUNK_BYTES in the environment makes chunks small, so that a small model has a middle of a transfer.
 """
 
+import faulthandler
 import os
 import signal
 import sys
@@ -229,6 +230,7 @@ def main() -> None:
     program, *arguments = sys.argv[1:]
     from fedpruner_common import chunks
 
+    faulthandler.register(signal.SIGUSR1, all_threads=True)  # where does it hang?
     chunks.CHUNK_BYTES = int(os.environ.get("CHUNK_BYTES", chunks.CHUNK_BYTES))
     name, _, count = os.environ.get("FAULT", "").partition(":")
     now = _Countdown(int(count or 1))

@@ -25,8 +25,9 @@ from fedpruner_server.core.round import Outcome, Phase
 NAMES = ("ann", "bob", "cat", "dan")
 TESTS = Path(__file__).parent
 _LOOK_S = 0.05
-# Faults per second, so that most rounds have none and the run gets on.
-_PAUSE_S = (0.3, 2.5)
+# So that most rounds have no fault, and those that have one have it anywhere.
+_ROUNDS_APART = (1, 4)
+_PAUSE_S = 0.5
 _IMPATIENT_S = 8.0
 _CRASHES = ("Traceback", "bug in")
 
@@ -60,7 +61,7 @@ class Soak:
         self._proxies: dict[str, Proxy] = {}
         self._later: list[tuple[float, Callable[[], None]]] = []
         self._address = "127.0.0.1:0"
-        self._metrics_bytes, self._fault_at = 0, time.monotonic()
+        self._next_round, self._fault_at = 0, time.monotonic()
         self._server = self._start_server("")
         self._faults: list[tuple[int, Callable[[], None]]] = [
             (3, self._kill_server),
@@ -87,8 +88,8 @@ class Soak:
                 self._do_what_is_due()
                 self._mind_the_dead()
                 if time.monotonic() > next_fault and self._got_on():
+                    next_fault = time.monotonic() + self._random.uniform(0, _PAUSE_S)
                     self._something_happens()
-                    next_fault = time.monotonic() + self._random.uniform(*_PAUSE_S)
                 time.sleep(_LOOK_S)
             self._end_in_peace()
             assert self._server.terminate() == 0, self._server.output()
@@ -110,16 +111,16 @@ class Soak:
             self.happened["late updates counted"] += late
 
     def _got_on(self) -> bool:
-        """Whether a round has ended since the last fault, or that has been long ago.
+        """Whether some rounds have ended since the last fault, or that has been long ago.
 
-        On a slow machine programs take longer to start than the faults' pauses; with nothing but
-        faults there is nothing to disturb.
+        Faults keep pace with the run: on a slow machine programs take longer to start, and with
+        nothing but faults there would be nothing to disturb.
         """
         metrics, now = self.state_dir / "metrics.jsonl", time.monotonic()
-        size = metrics.stat().st_size if metrics.exists() else 0
-        if size == self._metrics_bytes and now < self._fault_at + _IMPATIENT_S:
+        closed = metrics.read_text().count('"type": "round"') if metrics.exists() else 0
+        if closed < self._next_round and now < self._fault_at + _IMPATIENT_S:
             return False
-        self._metrics_bytes, self._fault_at = size, now
+        self._next_round, self._fault_at = closed + self._random.randint(*_ROUNDS_APART), now
         return True
 
     # Programs
@@ -187,6 +188,8 @@ class Soak:
             self._mind_the_dead()
             if time.monotonic() > deadline:
                 name = running[0]
+                self._agents[name].process.send_signal(signal.SIGUSR1)
+                time.sleep(1)
                 raise AssertionError(self._story(f"{name} goes on:\n{self._agents[name].output()}"))
             time.sleep(_LOOK_S)
 

@@ -1,5 +1,8 @@
 """The agent's loop; reads like the protocol: join, pull, fetch, train, push."""
 
+import faulthandler
+import os
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -81,7 +84,8 @@ class Heartbeat(threading.Thread):
     def run(self) -> None:
         refused = 0
         while not self._stop.wait(self._connection.heartbeat_interval_s):
-            self._transfers.cancel_stalled(self._settings.transfer_idle_s)
+            if self._transfers.cancel_stalled(self._settings.transfer_idle_s):
+                _begin_anew()
             session, task_id = self._connection.session, self.task_id
             try:
                 wanted = self._connection.heartbeat(
@@ -402,3 +406,14 @@ def _try_report(
         connection.report_failure(task_id, reason, out_of_memory=out_of_memory)
     except FedPrunerError:
         return  # the lease will tell
+
+
+def _begin_anew() -> None:
+    """Replace this process by a new one of the same command; all that counts is on disk.
+
+    For a main thread that waits in gRPC for a stream that has long been cancelled: seen once in
+    about a thousand faults. Where it waits goes to the log.
+    """
+    get_logger().error("a transfer hangs: the agent begins anew")
+    faulthandler.dump_traceback(all_threads=True)
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

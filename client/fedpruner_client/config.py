@@ -30,7 +30,7 @@ class AgentSettings(Settings):
     num_threads: Annotated[int, Field(ge=0)] = 0  # of torch; 0: all cores this process may use
     root_certificates: Path | None = None
     insecure: bool = False
-    keepalive_s: Annotated[float, Field(ge=0.1)] = KEEPALIVE_S  # pings on a silent connection
+    keepalive_s: Annotated[float, Field(ge=1)] = KEEPALIVE_S  # pings on a silent connection
     transfer_idle_s: PositiveFloat = 60.0  # a transfer in which nothing moves begins again
     offline_training_s: Annotated[float, Field(ge=0)] | None = None  # None: one lease
     max_retries: int | None = None  # None: for ever

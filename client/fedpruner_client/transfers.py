@@ -18,6 +18,7 @@ from fedpruner_common.pb import federation_pb2 as pb
 T = TypeVar("T")
 
 _MAX_CORRUPT = 3
+_STUCK_S = 10.0  # a stream that was cancelled ends at once
 
 
 class Transfers:
@@ -29,6 +30,7 @@ class Transfers:
         self._watching = threading.Lock()
         self._call: Any = None  # the stream under way
         self._moved_at = 0.0
+        self._cancelled_at: float | None = None
         self.num_bytes = 0  # that have moved, both ways, ever
 
     def fetch(self, blobs: dict[str, int], cache: Cache) -> int:
@@ -163,21 +165,28 @@ class Transfers:
         finally:
             self._watch(None)
 
-    def cancel_stalled(self, idle_s: float) -> None:
+    def cancel_stalled(self, idle_s: float) -> bool:
         """End the stream under way if nothing has moved for so long; for the heartbeat's thread.
 
         The transfer goes on from there over another stream.
+
+        Returns:
+            Whether it has been ended for long, and whoever waits for it still waits.
         """
         with self._watching:
-            stalled = self._call is not None and time.monotonic() - self._moved_at > idle_s
-            if stalled:
+            now = time.monotonic()
+            if self._call is None:
+                return False
+            if self._cancelled_at is None and now - self._moved_at > idle_s:
                 self._log.warning("the transfer has stalled: trying again", for_s=round(idle_s))
                 self._call.cancel()
-                self._call = None
+                self._cancelled_at = now
+            return self._cancelled_at is not None and now - self._cancelled_at > _STUCK_S
 
     def _watch(self, call: Any) -> None:
         with self._watching:
             self._call, self._moved_at = call, time.monotonic()
+            self._cancelled_at = None
 
     def _note(self, num_bytes: int) -> None:
         self._moved_at = time.monotonic()

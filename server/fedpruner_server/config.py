@@ -151,7 +151,7 @@ class ServerSettings(Settings):
     ssl_certfile: Path | None = None
     ssl_keyfile: Path | None = None
     health_server_address: str | None = None  # gRPC health in the clear, beside the service itself
-    keepalive_s: Annotated[float, Field(ge=0.1)] = KEEPALIVE_S  # pings on a silent connection
+    keepalive_s: Annotated[float, Field(ge=1)] = KEEPALIVE_S  # pings on a silent connection
     stay: bool = False
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_json: bool = False

@@ -16,6 +16,7 @@ from fedpruner_common.errors import ConfigError, StorageError
 from fedpruner_common.spec import ModelSpec
 from fedpruner_server.config import LoraOptions
 from fedpruner_server.core.aggregation import Adapter, Array, ServerState
+from fedpruner_server.storage import make_durable
 from fedpruner_server.tensorfile import read_header
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -41,7 +42,7 @@ def _save(tensors: dict[str, Any], path: Path, *, metadata: dict[str, str] | Non
         raise StorageError(f"cannot write {path}: {error}") from error
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+    make_durable([(temporary, path)])
 
 
 def read_adapter(path: Path) -> dict[str, Array]:

@@ -134,7 +134,7 @@ def test_a_network_that_is_silent_in_one_direction_or_both_is_left_and_the_downl
     server = bed.server(keepalive_s=1)
     proxy = clean.enter_context(Proxy(bed.address))
     proxy.freeze_at(down=BASE_BYTES // 2)
-    agent = bed.agent("one", proxy.address, keepalive_s=0.5)
+    agent = bed.agent("one", proxy.address, keepalive_s=1)
     proxy.wait_for_bytes(down=BASE_BYTES // 2)
     sent = proxy.bytes_down
     proxy.mend()
@@ -156,7 +156,7 @@ def test_a_coordinator_that_hangs_for_longer_than_lease_and_keepalive_loses_nobo
     server = bed.server(run={"lease_s": 2}, keepalive_s=1)
     proxy = clean.enter_context(Proxy(bed.address))
     proxy.freeze_at(down=BASE_BYTES // 2)
-    agent = bed.agent("one", proxy.address, keepalive_s=0.5)
+    agent = bed.agent("one", proxy.address, keepalive_s=1)
     proxy.wait_for_bytes(down=BASE_BYTES // 2)
     os.kill(server.pid, signal.SIGSTOP)
     proxy.mend()

@@ -89,7 +89,11 @@ def test_an_agent_whose_lease_is_gone_stops_training_unless_it_is_to_go_on_witho
     server = bed.server(run={"lease_s": 1.5, "min_available_clients": 2})
     proxy = clean.enter_context(Proxy(bed.address))
     patience = {"offline_training_s": offline_training_s} if offline_training_s else {}
-    cut_off = bed.agent("cut-off", proxy.address, steps=50, step_s=0.1, keepalive_s=1, **patience)
+    # When it has to begin anew, there is not enough time left before the other one is done.
+    steps = 50 if offline_training_s else 200
+    cut_off = bed.agent(
+        "cut-off", proxy.address, steps=steps, step_s=0.1, keepalive_s=1, **patience
+    )
     slow = bed.agent("slow", steps=80, step_s=0.1)
     wait_until(lambda: proxy.bytes_down > BASE_BYTES + UPDATE_BYTES, "it has its task")
     wait_until(lambda: psutil.Process(cut_off.pid).children(), "it trains")
