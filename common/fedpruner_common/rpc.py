@@ -54,8 +54,6 @@ UNARY_TIMEOUT_S = 30.0
 PULL_WAIT_S = 20
 # Heartbeats in one lease: six, so that a busy 2-core board that misses a few is not lost.
 HEARTBEATS_PER_LEASE = 6
-# A stream with no message for this long is broken, however long the whole transfer takes.
-STREAM_IDLE_S = 60.0
 
 _LOOPBACK = ("127.", "localhost", "[::1]", "unix:")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fedpruner_client import agent, transfers
+from fedpruner_client import heartbeat, transfers
 from fedpruner_client.config import AgentSettings
 from fedpruner_client.connection import Connection, Offer
 from fedpruner_client.transfers import Transfers
@@ -75,8 +75,8 @@ def test_a_stream_that_does_not_end_when_it_is_cancelled_is_told(
 def test_an_agent_that_begins_anew_is_the_same_command(monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[tuple[str, list[str]]] = []
     monkeypatch.setattr(os, "execv", lambda path, arguments: begun.append((path, arguments)))
-    monkeypatch.setattr(agent.faulthandler, "dump_traceback", lambda **_: None)
+    monkeypatch.setattr(heartbeat.faulthandler, "dump_traceback", lambda **_: None)
     monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "fedpruner_client.cli", "run", "--x"])
-    agent._begin_anew()
+    heartbeat._begin_anew()
     command = [sys.executable, "-m", "fedpruner_client.cli", "run", "--x"]
     assert begun == [(sys.executable, command)]
