@@ -8,6 +8,7 @@ as there: a crash may leave less than was written, and disks and people change f
 """
 
 import os
+import shutil
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -63,7 +64,7 @@ class Cache:
             return False
         if stat.st_size != num_bytes:
             return False
-        stamp = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        stamp = _stamp(stat)
         if self._verified.get(content_hash) != stamp:
             if hash_file(path) != content_hash:
                 self._log.warning("a file in the cache is damaged: fetching it again", file=path)
@@ -97,8 +98,7 @@ class Cache:
             raise CorruptChunk(f"blob {content_hash[:12]} arrived with other content")
         final.parent.mkdir(exist_ok=True)
         os.replace(partial, final)
-        stat = final.stat()
-        self._verified[content_hash] = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        self._verified[content_hash] = _stamp(final.stat())
 
     def make_room(self, needed_bytes: int, *, keep: Iterable[str]) -> None:
         """Evict least recently used blobs until `needed_bytes` more fit under the limit.
@@ -134,10 +134,13 @@ class Cache:
         self._check_disk(needed_bytes)
 
     def _check_disk(self, needed_bytes: int) -> None:
-        stat = os.statvfs(self._dir)
-        free = stat.f_bavail * stat.f_frsize
+        free = shutil.disk_usage(self._dir).free
         if free < needed_bytes:
             raise StorageError(
                 f"this task's tensors need {format_bytes(needed_bytes)} more disk, "
                 f"{self._dir} has {format_bytes(free)} free: make room there"
             )
+
+
+def _stamp(stat: os.stat_result) -> _Stamp:
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns

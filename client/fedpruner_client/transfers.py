@@ -31,7 +31,6 @@ class Transfers:
         self._call: Any = None  # the stream under way
         self._moved_at = 0.0
         self._cancelled_at: float | None = None
-        self.num_bytes = 0  # that have moved, both ways, ever
 
     def fetch(self, blobs: dict[str, int], cache: Cache) -> int:
         """Bring into the cache what it lacks of some blobs (hash -> bytes); returns bytes received.
@@ -155,7 +154,7 @@ class Transfers:
         def messages() -> Iterator[pb.UpdateHeader | Chunk]:
             yield header
             for chunk in read_chunks(FileRange(update.path, 0, num_bytes), offset=reply.offset):
-                self._note(len(chunk.data))
+                self._note()
                 yield chunk
 
         call = connection.stub.PushUpdate.future(messages())
@@ -188,16 +187,15 @@ class Transfers:
             self._call, self._moved_at = call, time.monotonic()
             self._cancelled_at = None
 
-    def _note(self, num_bytes: int) -> None:
+    def _note(self) -> None:
         self._moved_at = time.monotonic()
-        self.num_bytes += num_bytes
 
     def _watched(self, call: Any) -> Iterator[Chunk]:
         """The chunks of a stream, while the heartbeat's thread looks whether it still moves."""
         self._watch(call)
         try:
             for chunk in call:
-                self._note(len(chunk.data))
+                self._note()
                 if chunk.data:  # an empty one says only that the coordinator is busy
                     yield chunk
         finally:

@@ -10,7 +10,7 @@ from typing import Any
 
 from fedpruner_common.components import ComponentId, Kind
 from fedpruner_common.errors import FedPrunerError
-from fedpruner_common.manifest import FileInfo, TensorInfo
+from fedpruner_common.manifest import FileInfo, TensorInfo, is_content_hash
 from fedpruner_common.pb import federation_pb2 as pb
 from fedpruner_common.statistics import Granularity, Score
 from fedpruner_common.submodel import Submodel
@@ -25,7 +25,6 @@ from fedpruner_common.task import (
 )
 
 _MAX_LAYERS = 1 << 14
-_HASH = re.compile(r"[0-9a-f]{64}")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 
 
@@ -166,7 +165,7 @@ def _named_alike(message: Any, target: type[Any]) -> dict[str, Any]:
 
 
 def _checked_hash(text: str) -> str:
-    if not _HASH.fullmatch(text):
+    if not is_content_hash(text):
         raise ValueError(f"{text!r} is not a content hash")
     return text
 

@@ -1,6 +1,7 @@
 """What a task is made of, by name, size and content hash."""
 
 import math
+import re
 from dataclasses import dataclass
 
 # safetensors dtype -> bytes per element. Sub-byte and exotic types are not trained on.
@@ -16,6 +17,13 @@ ITEM_BYTES = {
     "U8": 1,
     "BOOL": 1,
 }
+
+_HASH = re.compile(r"[0-9a-f]{64}")
+
+
+def is_content_hash(text: str) -> bool:
+    """Whether a text can be a BLAKE3 in hex; hashes become file names."""
+    return _HASH.fullmatch(text) is not None
 
 
 @dataclass(frozen=True)

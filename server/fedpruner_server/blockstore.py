@@ -11,7 +11,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from fedpruner_common.chunks import CHUNK_BYTES, FileRange
+from fedpruner_common.chunks import CHUNK_BYTES, FileRange, hash_file
 from fedpruner_common.errors import ModelError, NotFound
 from fedpruner_common.manifest import FileInfo
 from fedpruner_server.tensorfile import LocatedTensor, read_header
@@ -129,5 +129,4 @@ def _hash_range(place: FileRange) -> str:
 
 
 def file_info(path: Path) -> FileInfo:
-    data = path.read_bytes()
-    return FileInfo(path.name, len(data), blake3(data).hexdigest())
+    return FileInfo(path.name, path.stat().st_size, hash_file(path))

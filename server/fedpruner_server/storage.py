@@ -17,7 +17,7 @@ import secrets
 import shutil
 import sqlite3
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -228,15 +228,14 @@ def make_durable(moves: Sequence[tuple[Path, Path]]) -> None:
     """Move finished files, whose bytes are on disk, into place so that they survive a power cut.
 
     Args:
-        moves: from, to; one that is gone was moved before, by the same update.
+        moves: from, to.
     """
     touched = set()
     for path, final in moves:
         if not final.parent.is_dir():
             final.parent.mkdir(parents=True, exist_ok=True)
             touched.add(final.parent.parent)
-        with suppress(FileNotFoundError):
-            os.replace(path, final)
+        os.replace(path, final)
         touched.add(final.parent)
     for folder in touched:
         _sync_folder(folder)

@@ -90,9 +90,10 @@ class UpdateStore:
             if refusal is None and not self._is_stored(update)
         ]
         try:
-            await asyncio.to_thread(
-                make_durable, [(update.path, self._final(update)) for update in wanted]
-            )
+            moves = [
+                (update.path, self._final(update)) for update in wanted if update.path.is_file()
+            ]
+            await asyncio.to_thread(make_durable, moves)
             # From here to the journal nothing else happens.
             self._c.apply_all(
                 [

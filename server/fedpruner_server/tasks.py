@@ -4,7 +4,6 @@ Answers from the coordinator's state; every change of it goes through `Coordinat
 """
 
 import asyncio
-import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from fedpruner_common.errors import (
     Unavailable,
 )
 from fedpruner_common.log import get_logger
+from fedpruner_common.manifest import is_content_hash
 from fedpruner_common.rpc import PULL_WAIT_S
 from fedpruner_common.statistics import Statistics
 from fedpruner_common.task import ProbeTask, Task, UpdateMetrics
@@ -35,8 +35,6 @@ from fedpruner_server.receiving import Incoming, complete
 from fedpruner_server.registry import Device
 from fedpruner_server.storing import Arrived, UpdateStore
 from fedpruner_server.tensorfile import read_header
-
-_HASH = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -319,7 +317,7 @@ class Tasks:
             raise InvalidUpdate(
                 f"an update of {claim.num_bytes} bytes, at most {limit} for this task"
             )
-        if not _HASH.fullmatch(claim.hash):
+        if not is_content_hash(claim.hash):
             raise InvalidUpdate(f"{claim.hash[:80]!r} is not a content hash")
         if self._c.trouble:
             raise Unavailable(self._c.trouble)
